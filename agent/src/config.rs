@@ -1,0 +1,278 @@
+//! The agent's configuration file: one struct, each default with its reason.
+//!
+//! Unknown fields are errors, so a misspelt one cannot silently mean its default.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::identity::TrustDomain;
+
+/// A larger file is refused before it is parsed: libyaml is not asked to read what nobody wrote.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Why a configuration is not usable. Each message names the file.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is larger than 1 MiB.
+    #[error("{} is larger than 1 MiB, which no configuration is", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Not YAML, or not this YAML.
+    #[error("{}: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The parser's words: field, line, column.
+        message: String,
+    },
+    /// A value that cannot work.
+    #[error("{}: {field}: {message}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The field, by its path in the file.
+        field: String,
+        /// What is wrong and what to write instead.
+        message: String,
+    },
+}
+
+/// Reads and parses a YAML file, with its size bounded.
+///
+/// # Errors
+/// When the file cannot be read, is too large, or does not parse; the message names it.
+pub fn read_yaml<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let read = |source| ConfigError::Read { path: path.into(), source };
+    if std::fs::metadata(path).map_err(read)?.len() > MAX_FILE_BYTES {
+        return Err(ConfigError::TooLarge { path: path.into() });
+    }
+    let text = std::fs::read_to_string(path).map_err(read)?;
+    serde_yaml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.into(), message: e.to_string() })
+}
+
+/// `hauberk agent --config FILE`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AgentConfig {
+    /// This node's name, as the directory writes it.
+    pub node: String,
+    /// The trust domain every local identity is in.
+    pub trust_domain: TrustDomain,
+    /// Where workloads are known from.
+    pub directory: DirectoryConfig,
+    /// Where SVIDs come from.
+    pub authority: AuthorityClientConfig,
+    /// For the admin socket and the node's own SVID. Must be on a tmpfs for the latter: keys never
+    /// touch a disk.
+    #[serde(default = "default_runtime_dir")]
+    pub runtime_dir: PathBuf,
+    /// What is captured, and how.
+    #[serde(default)]
+    pub capture: CaptureConfig,
+    /// Timeouts and limits of the tunnel.
+    #[serde(default)]
+    pub tunnel: TunnelConfig,
+    /// Health probes that may stay plaintext in strict mode.
+    #[serde(default)]
+    pub probes: ProbesConfig,
+    /// Where /metrics, /healthz and /readyz are served.
+    #[serde(default = "default_admin")]
+    pub admin: SocketAddr,
+    /// Data-path threads. Default: one per core, at most 8; each has its own listeners and pool, so
+    /// more threads mean more node-to-node connections.
+    pub workers: Option<usize>,
+    /// How long a graceful stop waits for open connections. Default 30 s: Kubernetes' own patience.
+    #[serde(default = "default_drain", rename = "drainSeconds", deserialize_with = "seconds")]
+    pub drain: Duration,
+}
+
+/// Where workloads are known from.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DirectoryConfig {
+    /// A YAML file; reloaded when it changes.
+    pub file: PathBuf,
+}
+
+/// How to reach the authority.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AuthorityClientConfig {
+    /// `host:port` of the authority.
+    pub address: String,
+    /// PEM roots that the authority itself is verified with, before anything else is trusted.
+    pub trust_bundle: PathBuf,
+    /// A file with the single-use join token; needed only until the node has its first SVID.
+    pub join_token: Option<PathBuf>,
+}
+
+/// What is captured, and how.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CaptureConfig {
+    /// The cgroup (v2) above all pods of this node. Relative paths are below the cgroup v2 mount,
+    /// wherever that is.
+    pub cgroup: PathBuf,
+    /// A directory on a bpffs, where programs and maps stay while the agent is away.
+    pub bpffs: PathBuf,
+    /// Ports of the agent's outbound listeners inside each pod. Two, because all outbound
+    /// connections of a pod share a listener's address, and one port has room for 28,000.
+    pub ports: Vec<u16>,
+    /// What permissive workloads' connections meet while no agent runs. Strict ones are refused.
+    pub permissive_when_down: WhenDown,
+    /// Whether a pod may be enrolled without the egress guard (which needs Linux 6.6).
+    pub egress_guard: Guard,
+}
+
+impl Default for CaptureConfig {
+    fn default() -> Self {
+        Self {
+            cgroup: "kubepods".into(),
+            bpffs: "/sys/fs/bpf/hauberk".into(),
+            ports: vec![15001, 15002],
+            permissive_when_down: WhenDown::Open,
+            egress_guard: Guard::Require,
+        }
+    }
+}
+
+/// What permissive connections meet while no agent runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenDown {
+    /// They go out in plaintext, as from a pod outside the mesh.
+    Open,
+    /// They are refused.
+    Closed,
+}
+
+/// Whether the egress guard is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Guard {
+    /// A strict pod without it is not enrolled (and so not served).
+    Require,
+    /// Without it, a process that was moved into the pod's cgroup from outside may send plaintext.
+    Optional,
+}
+
+/// Timeouts and limits of the tunnel.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct TunnelConfig {
+    /// HBONE's port.
+    pub port: u16,
+    /// TCP connect to a peer. Default 3 s: a node that does not answer in three retransmissions is
+    /// down, and the application learns it by a reset.
+    #[serde(rename = "connectTimeoutMs", deserialize_with = "milliseconds")]
+    pub connect_timeout: Duration,
+    /// TLS handshake, on both sides. Default 5 s.
+    #[serde(rename = "handshakeTimeoutMs", deserialize_with = "milliseconds")]
+    pub handshake_timeout: Duration,
+    /// A pooled connection without streams is closed after this. Default 300 s.
+    #[serde(rename = "idleTimeoutSeconds", deserialize_with = "seconds")]
+    pub idle_timeout: Duration,
+    /// Most streams on one connection before another is dialled.
+    pub max_streams: u32,
+    /// HTTP/2 window of one stream, in bytes: the most a stalled reader makes the agent hold.
+    pub stream_window: u32,
+    /// Handshakes under way at once that an agent accepts; more wait in the kernel's backlog.
+    pub max_handshakes: usize,
+}
+
+impl Default for TunnelConfig {
+    fn default() -> Self {
+        Self {
+            port: 15008,
+            connect_timeout: Duration::from_secs(3),
+            handshake_timeout: Duration::from_secs(5),
+            idle_timeout: Duration::from_secs(300),
+            max_streams: 4096,
+            stream_window: 1 << 20,
+            max_handshakes: 512,
+        }
+    }
+}
+
+/// Health probes that may stay plaintext in strict mode.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct ProbesConfig {
+    /// The node's own kubelet addresses.
+    pub exempt: Vec<IpAddr>,
+}
+
+impl AgentConfig {
+    /// Reads and checks the file.
+    ///
+    /// # Errors
+    /// One line that names file, field and remedy.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = read_yaml(path)?;
+        config.validate().map_err(|(field, message)| ConfigError::Invalid {
+            path: path.into(),
+            field: field.into(),
+            message: message.into(),
+        })?;
+        Ok(config)
+    }
+
+    fn validate(&self) -> Result<(), (&'static str, &'static str)> {
+        let ports = &self.capture.ports;
+        if self.node.is_empty() || self.node.contains('/') {
+            return Err(("node", "must be the node's name, without '/'"));
+        }
+        if ports.is_empty() || ports.len() > ebpf::MAX_LISTENER_PORTS {
+            return Err(("capture.ports", "give one to four ports"));
+        }
+        if ports.iter().any(|p| *p == 0 || *p == self.tunnel.port) {
+            return Err(("capture.ports", "must not be 0 or the tunnel's port"));
+        }
+        if self.workers == Some(0) {
+            return Err(("workers", "must be at least 1; leave it out for one per core"));
+        }
+        if self.tunnel.stream_window < 65_535 || self.tunnel.stream_window > i32::MAX as u32 {
+            return Err(("tunnel.streamWindow", "must be between 65535 and 2147483647"));
+        }
+        if self.tunnel.max_streams == 0 || self.tunnel.max_handshakes == 0 {
+            return Err(("tunnel", "maxStreams and maxHandshakes must be at least 1"));
+        }
+        Ok(())
+    }
+}
+
+fn default_runtime_dir() -> PathBuf {
+    "/run/hauberk".into()
+}
+
+fn default_admin() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15020))
+}
+
+fn default_drain() -> Duration {
+    Duration::from_secs(30)
+}
+
+/// Deserialises whole seconds.
+pub(crate) fn seconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+    u64::deserialize(d).map(Duration::from_secs)
+}
+
+/// Deserialises whole milliseconds.
+pub(crate) fn milliseconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+    u64::deserialize(d).map(Duration::from_millis)
+}

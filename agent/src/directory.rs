@@ -1,0 +1,188 @@
+//! Who is where: workloads, services and nodes, indexed by address.
+//!
+//! An address answers only the question "which identity must be there?"; it is never itself an
+//! identity. The peer's certificate has the last word. Sources live below (`directory/file.rs`).
+
+pub mod file;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::identity::SpiffeId;
+
+/// How a workload's plaintext is treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Only mutual TLS, in both directions; plaintext is refused.
+    #[default]
+    Strict,
+    /// Mutual TLS with mesh members; plaintext from outside is accepted and counted.
+    Permissive,
+    /// Not part of the mesh.
+    Off,
+}
+
+/// A pod, or a declared endpoint outside Kubernetes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Name, unique in its namespace.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// The identity it must present.
+    pub id: SpiffeId,
+    /// The node it runs on.
+    pub node: String,
+    /// Its own addresses, IPv4 and IPv6; never empty.
+    pub addresses: Vec<IpAddr>,
+    /// How its plaintext is treated.
+    pub mode: Mode,
+    /// Its network namespace, as a file on its node; needed only there.
+    pub netns: Option<PathBuf>,
+}
+
+/// A service address and the workloads behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Name, unique in its namespace.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Virtual addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Service port to workload port.
+    pub ports: HashMap<u16, u16>,
+    /// The workloads that serve it.
+    pub endpoints: Vec<Arc<Workload>>,
+}
+
+/// What an original destination turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Who must answer.
+    pub workload: Arc<Workload>,
+    /// Where its application listens.
+    pub address: SocketAddr,
+}
+
+/// Why an original destination leads nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResolveError {
+    /// No workload or service has this address (any more).
+    #[error("no workload or service in the directory has this address")]
+    UnknownAddress,
+    /// The service has no such port.
+    #[error("the service does not expose this port")]
+    UnknownPort,
+    /// The service has no workload that can serve it.
+    #[error("the service has no endpoint")]
+    NoEndpoint,
+}
+
+/// One consistent state of the directory.
+#[derive(Debug, Default)]
+pub struct Directory {
+    workloads: Vec<Arc<Workload>>,
+    by_address: HashMap<IpAddr, Arc<Workload>>,
+    services: HashMap<IpAddr, Arc<Service>>,
+}
+
+impl Directory {
+    /// Indexes workloads and services. Addresses must be unique; the sources check that.
+    pub fn new(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>>) -> Self {
+        let by_address =
+            workloads.iter().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(w)))).collect();
+        let services =
+            services.iter().flat_map(|s| s.addresses.iter().map(|a| (*a, Arc::clone(s)))).collect();
+        Self { workloads, by_address, services }
+    }
+
+    /// Every workload.
+    pub fn workloads(&self) -> &[Arc<Workload>] {
+        &self.workloads
+    }
+
+    /// The workloads that run on a node and are in the mesh.
+    pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
+        self.workloads.iter().filter(move |w| w.node == node && w.mode != Mode::Off)
+    }
+
+    /// The workload that has an address.
+    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_address.get(&address.to_canonical())
+    }
+
+    /// Whether an identity runs on a node.
+    pub fn places(&self, id: &SpiffeId, node: &str) -> bool {
+        self.enrolled_on(node).any(|w| w.id == *id)
+    }
+
+    /// Every address whose traffic is captured: workloads in the mesh, and services with at least
+    /// one endpoint in it.
+    pub fn mesh_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let workloads = self.by_address.iter().filter(|(_, w)| w.mode != Mode::Off).map(|(a, _)| *a);
+        let services = self
+            .services
+            .iter()
+            .filter(|(_, s)| s.endpoints.iter().any(|w| w.mode != Mode::Off))
+            .map(|(a, _)| *a);
+        workloads.chain(services)
+    }
+
+    /// Where an original destination leads; a service's endpoints take turns by `turn`.
+    ///
+    /// # Errors
+    /// When the directory does not (any more) know the address, the port or an endpoint.
+    pub fn resolve(&self, original_dst: SocketAddr, turn: usize) -> Result<Destination, ResolveError> {
+        let ip = original_dst.ip().to_canonical();
+        if let Some(workload) = self.by_address.get(&ip) {
+            let address = SocketAddr::new(ip, original_dst.port());
+            return Ok(Destination { workload: Arc::clone(workload), address });
+        }
+        let service = self.services.get(&ip).ok_or(ResolveError::UnknownAddress)?;
+        let port = *service.ports.get(&original_dst.port()).ok_or(ResolveError::UnknownPort)?;
+        let ready: Vec<_> = service.endpoints.iter().filter(|w| w.mode != Mode::Off).collect();
+        let workload = *ready.get(turn % ready.len().max(1)).ok_or(ResolveError::NoEndpoint)?;
+        // A service address leads to the endpoint's address of the same family.
+        let endpoint = workload.addresses.iter().find(|a| a.is_ipv4() == ip.is_ipv4());
+        let endpoint = *endpoint.ok_or(ResolveError::NoEndpoint)?;
+        Ok(Destination { workload: Arc::clone(workload), address: SocketAddr::new(endpoint, port) })
+    }
+}
+
+/// The directory as it changes.
+#[derive(Debug)]
+pub struct Live {
+    now: ArcSwap<Directory>,
+    changed: watch::Sender<u64>,
+}
+
+impl Live {
+    /// Starts from a first state.
+    pub fn new(first: Directory) -> Arc<Self> {
+        Arc::new(Self { now: ArcSwap::from_pointee(first), changed: watch::Sender::new(1) })
+    }
+
+    /// The state as of now.
+    pub fn load(&self) -> Arc<Directory> {
+        self.now.load_full()
+    }
+
+    /// Takes a new state into use.
+    pub fn replace(&self, next: Directory) {
+        self.now.store(Arc::new(next));
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// Notifies of every new state.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+}

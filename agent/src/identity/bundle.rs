@@ -1,0 +1,79 @@
+//! A trust bundle: the roots of one trust domain.
+
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::TrustDomain;
+
+/// Why roots are not a usable trust bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// Not PEM.
+    #[error("not PEM: {0}")]
+    Pem(String),
+    /// A bundle without a root would trust nobody.
+    #[error("no certificate in it: a trust bundle needs at least one root")]
+    Empty,
+    /// A root that cannot be used as a trust anchor.
+    #[error("root {index} is not a usable CA certificate: {source}")]
+    Root {
+        /// Position in the file, from 0.
+        index: usize,
+        /// What rustls said.
+        source: rustls::Error,
+    },
+}
+
+/// The roots of one trust domain. Never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustBundle {
+    domain: TrustDomain,
+    roots: Vec<CertificateDer<'static>>,
+}
+
+impl TrustBundle {
+    /// A bundle of these DER roots.
+    ///
+    /// # Errors
+    /// When there is none, or one cannot serve as a trust anchor.
+    pub fn new(domain: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Result<Self, BundleError> {
+        if roots.is_empty() {
+            return Err(BundleError::Empty);
+        }
+        let bundle = Self { domain, roots };
+        bundle.anchors()?;
+        Ok(bundle)
+    }
+
+    /// Reads a PEM file's text.
+    ///
+    /// # Errors
+    /// When the text is not PEM or [`TrustBundle::new`] refuses its certificates.
+    pub fn from_pem(domain: TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
+        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+        Self::new(domain, roots.map_err(|e| BundleError::Pem(e.to_string()))?)
+    }
+
+    /// The trust domain these roots speak for.
+    pub fn domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// The roots, DER.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
+    }
+
+    /// The roots as rustls trust anchors.
+    ///
+    /// # Errors
+    /// When a root cannot serve as a trust anchor; not after [`TrustBundle::new`] accepted it.
+    pub fn anchors(&self) -> Result<RootCertStore, BundleError> {
+        let mut store = RootCertStore::empty();
+        for (index, root) in self.roots.iter().enumerate() {
+            store.add(root.clone()).map_err(|source| BundleError::Root { index, source })?;
+        }
+        Ok(store)
+    }
+}

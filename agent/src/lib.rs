@@ -1,0 +1,44 @@
+//! Hauberk: mutual TLS for workloads that know nothing of it.
+//!
+//! The map, in the order a connection meets it:
+//!
+//! - [`capture`] takes a connection over, inside the pod's [`netns`];
+//! - [`directory`] says who must be at its destination;
+//! - [`outbound`] is the sending agent's whole way: resolve, then a stream from the [`pool`];
+//! - [`pool`] holds connections by (source identity, destination identity, address);
+//! - [`tls`] turns SVIDs and trust bundle into rustls configurations, [`hbone`] speaks CONNECT;
+//! - [`inbound`] is the receiving agent's whole way: accept, authorize, then
+//! - [`deliver`] connects to the application, and [`relay`] moves the bytes, on both sides;
+//! - [`shard`] is one thread of all that.
+//!
+//! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], and [`trust`], which is
+//! what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`cli`].
+//! [`run`] alone knows all of them.
+
+pub mod config;
+pub mod verdict;
+
+pub mod authority;
+pub mod ca;
+pub mod identity;
+pub mod issue;
+pub mod rotate;
+pub mod trust;
+
+pub mod capture;
+pub mod deliver;
+pub mod directory;
+pub mod hbone;
+pub mod inbound;
+pub mod netns;
+pub mod outbound;
+pub mod pool;
+pub mod relay;
+pub mod shard;
+pub mod tls;
+
+pub mod admin;
+pub mod check;
+pub mod cli;
+pub mod run;
+pub mod telemetry;

@@ -1,0 +1,3 @@
+//! The `hauberk` binary: see [`hauberk::cli`].
+
+fn main() {}

@@ -1,0 +1,84 @@
+//! Seen from outside: metrics and the access log.
+//!
+//! Modules on the data's way take an [`Observe`] and report to it; they never touch the registry.
+
+pub mod access_log;
+pub mod metrics;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::identity::SpiffeId;
+use crate::verdict::{Direction, Encryption, Reason};
+pub use metrics::Metrics;
+
+/// Which side of a TLS handshake the agent was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It dialled.
+    Client,
+    /// It accepted.
+    Server,
+}
+
+/// One finished connection of a workload, as the access log tells it.
+#[derive(Clone, Debug)]
+pub struct Finished<'a> {
+    /// Seen from the local workload.
+    pub direction: Direction,
+    /// How its bytes travelled.
+    pub encryption: Encryption,
+    /// Why it ended.
+    pub reason: Reason,
+    /// More about `reason`, for a human; may be empty.
+    pub detail: &'a str,
+    /// Who opened it, if it came so far that this is known.
+    pub source_id: Option<&'a SpiffeId>,
+    /// The opener's address.
+    pub source: Option<SocketAddr>,
+    /// Who was asked.
+    pub destination_id: Option<&'a SpiffeId>,
+    /// Where it went: the application's address.
+    pub destination: Option<SocketAddr>,
+    /// Bytes from opener to asked.
+    pub sent_bytes: u64,
+    /// Bytes from asked to opener.
+    pub received_bytes: u64,
+    /// From capture or CONNECT to the end.
+    pub duration: Duration,
+}
+
+/// The handle that data-path modules report to. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Observe {
+    metrics: Arc<Metrics>,
+}
+
+impl Observe {
+    /// Reports into these metrics.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics }
+    }
+
+    /// A connection began: counts it as open until [`Observe::finished`].
+    pub fn opened(&self, direction: Direction) {
+        self.metrics.opened(direction);
+    }
+
+    /// A connection ended, or was refused. `was_open` says whether [`Observe::opened`] was called.
+    pub fn finished(&self, record: &Finished<'_>, was_open: bool) {
+        self.metrics.finished(record, was_open);
+        access_log::write(record);
+    }
+
+    /// A TLS handshake ended; `failure` says why it failed, if it did.
+    pub fn handshake(&self, role: Role, took: Duration, failure: Option<Reason>) {
+        self.metrics.handshake(role, took, failure);
+    }
+
+    /// A pooled connection came (`+1`) or went (`-1`).
+    pub fn pool(&self, change: i64) {
+        self.metrics.pool(change);
+    }
+}
