@@ -1,1 +1,97 @@
-//! (being written)
+//! HBONE: HTTP/2 CONNECT over mutual TLS (RFC 9113, section 8.5), as Istio ambient speaks it.
+//!
+//! `client` opens streams, `server` reads requests. Neither knows who is allowed what, and neither
+//! moves payload: that is `relay`.
+
+pub mod client;
+pub mod forwarded;
+pub mod server;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use http::StatusCode;
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+
+use crate::verdict::Reason;
+
+/// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
+pub const REASON_HEADER: &str = "hauberk-reason";
+
+/// Largest DATA payload, sent and accepted. With its 9-byte frame header it fills four TLS records
+/// of 16 KiB exactly, and rustls' 64 KiB send buffer once: one frame is one `writev`.
+pub const FRAME_BYTES: u32 = 65_536 - 9;
+
+/// HTTP/2's largest window (RFC 9113, section 6.9.1). A connection's window is never the limit, or a
+/// stalled stream could starve its neighbours; each stream's own window bounds what it can hold.
+pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+
+/// Largest header block accepted, in bytes: a CONNECT with its few headers needs a tenth.
+pub const MAX_HEADER_BYTES: u32 = 8 * 1024;
+
+/// The transport under TLS. rustls reads at most 4 KiB at a time; the buffer turns sixteen of those
+/// reads into one system call.
+pub type Transport = BufReader<TcpStream>;
+
+/// Size of a transport's read buffer, in bytes.
+pub const READ_BUFFER_BYTES: usize = 64 * 1024;
+
+/// Both halves of one tunnelled connection.
+#[derive(Debug)]
+pub struct Stream {
+    /// Towards the peer.
+    pub send: SendStream<Bytes>,
+    /// From the peer.
+    pub recv: Recv,
+    /// Holds a place on a pooled connection; `None` on the accepting side.
+    pub lease: Option<Arc<()>>,
+}
+
+/// The receiving half. A client's comes only with the response, which it does not wait for.
+#[derive(Debug)]
+pub enum Recv {
+    /// The response is on its way.
+    Pending(h2::client::ResponseFuture),
+    /// Open.
+    Open(RecvStream),
+}
+
+/// What a refused CONNECT is answered with (RFC 9110, section 15).
+pub fn status(reason: Reason) -> StatusCode {
+    match reason {
+        Reason::BadRequest => StatusCode::BAD_REQUEST,
+        Reason::NotLocal | Reason::AgentPort | Reason::Loop | Reason::WrongIdentity => StatusCode::FORBIDDEN,
+        Reason::ConnectTimeout => StatusCode::GATEWAY_TIMEOUT,
+        Reason::Refused | Reason::Unreachable => StatusCode::BAD_GATEWAY,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// Why a peer refused a CONNECT: its own word if it is an agent of ours, else read off the status.
+pub fn refusal(response: &http::Response<RecvStream>) -> Reason {
+    let word = response.headers().get(REASON_HEADER).and_then(|value| value.to_str().ok());
+    let known = word.and_then(|word| Reason::ALL.iter().find(|reason| reason.as_str() == word));
+    match (known, response.status()) {
+        (Some(reason), _) => *reason,
+        (None, StatusCode::BAD_REQUEST) => Reason::BadRequest,
+        (None, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => Reason::NotLocal,
+        (None, StatusCode::GATEWAY_TIMEOUT) => Reason::ConnectTimeout,
+        _ => Reason::Refused,
+    }
+}
+
+/// Why an HTTP/2 connection or stream ended, from h2's error.
+pub fn reason(error: &h2::Error) -> Reason {
+    if error.is_reset() && error.is_remote() {
+        return match error.reason() {
+            Some(h2::Reason::REFUSED_STREAM) => Reason::Overload,
+            _ => Reason::PeerReset,
+        };
+    }
+    if error.is_io() || error.is_go_away() && error.is_remote() {
+        return Reason::TunnelLost;
+    }
+    Reason::Http2
+}

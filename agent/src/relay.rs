@@ -1,1 +1,83 @@
-//! (being written)
+//! Moves bytes between an application's socket and a tunnelled stream, both ways, in one task.
+//!
+//! A clean end of one side is a clean end of the other's; anything else is a reset of the other.
+//! Never is a failure turned into a clean end. What is held for a stalled side is bounded: one read
+//! of [`FRAME_BYTES`] towards the tunnel, one HTTP/2 stream window towards the application.
+
+mod down;
+mod up;
+
+use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+use crate::hbone::Stream;
+use crate::verdict::Reason;
+use down::Down;
+use up::Up;
+
+/// What a relayed connection came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Relayed {
+    /// Bytes read from the application.
+    pub from_app: u64,
+    /// Bytes written to the application.
+    pub to_app: u64,
+    /// Why it ended.
+    pub reason: Reason,
+}
+
+/// Relays until both directions have ended or one has failed, or until `stop` resolves.
+///
+/// On a failure the application's socket is reset and the stream is reset too.
+pub async fn relay(app: TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
+    let mut up = Up::new(stream.send);
+    let mut down = Down::new(stream.recv);
+    let _lease = stream.lease;
+    let mut stop = pin!(stop);
+    let reason = poll_fn(|cx| {
+        if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
+            return Poll::Ready(reason);
+        }
+        poll_both(&mut up, &mut down, &app, cx)
+    })
+    .await;
+    if reason != Reason::Done {
+        up.reset();
+        reset(&app);
+    }
+    Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }
+}
+
+fn poll_both(up: &mut Up, down: &mut Down, app: &TcpStream, cx: &mut Context<'_>) -> Poll<Reason> {
+    let up = up.poll(app, cx);
+    let down = down.poll(app, cx);
+    match (up, down) {
+        // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
+        (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
+        (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Reason::Done),
+        _ => Poll::Pending,
+    }
+}
+
+/// Makes the coming close a reset (RST), so that the application sees a failure and not an end.
+pub fn reset(app: &TcpStream) {
+    // It fails only on a socket that is closed already, and that needs no reset.
+    let _ = SockRef::from(app).set_linger(Some(Duration::ZERO));
+}
+
+/// Sets what every socket of ours to an application has: no delay, as it is not ours to add one.
+pub fn tune(app: &TcpStream) {
+    // Worth no failed connection: without it small writes are slower.
+    let _ = app.set_nodelay(true);
+}
+
+/// The application's end of a connection, for logs.
+pub fn peer(app: &TcpStream) -> Option<SocketAddr> {
+    app.peer_addr().ok().map(|a| SocketAddr::new(a.ip().to_canonical(), a.port()))
+}

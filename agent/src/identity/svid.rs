@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::pki_types::CertificateDer;
@@ -92,6 +93,7 @@ fn from_unix(seconds: i64) -> SystemTime {
 pub struct X509Svid {
     leaf: Leaf,
     key: Arc<CertifiedKey>,
+    generation: u64,
 }
 
 impl X509Svid {
@@ -106,7 +108,14 @@ impl X509Svid {
         let leaf = Leaf::from_der(chain.first().ok_or(SvidError::Empty)?)?;
         let certified = CertifiedKey::new(chain, key);
         certified.keys_match()?;
-        Ok(Self { leaf, key: Arc::new(certified) })
+        static GENERATIONS: AtomicU64 = AtomicU64::new(1);
+        let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { leaf, key: Arc::new(certified), generation })
+    }
+
+    /// A number that no other SVID of this process has: tells a renewed one from its predecessor.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// The SPIFFE ID.

@@ -1,0 +1,114 @@
+//! The dialling end: one HTTP/2 connection to a peer, and CONNECT streams on it.
+
+use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use h2::client::{Builder, Connection, SendRequest};
+use http::{HeaderMap, Method, Request, Uri};
+use tokio_rustls::client::TlsStream;
+
+use super::{CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, Stream, Transport, forwarded};
+
+/// Stands for "the peer's SETTINGS have not come": no peer announces this number of streams.
+const SETTINGS_PENDING: usize = 0x7fff_fff1;
+
+/// What a CONNECT asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask {
+    /// The application's address.
+    pub authority: SocketAddr,
+    /// The opener's address.
+    pub source: SocketAddr,
+}
+
+/// A live HTTP/2 connection. When it is dropped and its last stream is gone, the connection closes.
+#[derive(Debug)]
+pub struct Tunnel {
+    send: SendRequest<Bytes>,
+    /// Cloned into every stream: its count is the number of streams in use.
+    lease: Arc<()>,
+}
+
+impl Tunnel {
+    /// Speaks HTTP/2's preface on an authenticated connection and waits for the peer's SETTINGS.
+    ///
+    /// Waiting costs nothing that pooled streams would notice, and tells two things: how many
+    /// streams the peer allows, and, as TLS 1.3 lets a client finish before the server has looked
+    /// at its certificate, that the peer has accepted us.
+    ///
+    /// The returned future moves the connection's bytes and must be polled for as long as it lives.
+    ///
+    /// # Errors
+    /// When the connection breaks or the peer refuses us.
+    pub async fn start(
+        io: TlsStream<Transport>,
+        stream_window: u32,
+    ) -> Result<(Self, impl Future<Output = Result<(), h2::Error>> + Send), h2::Error> {
+        let (send, mut connection): (_, Connection<_, Bytes>) = Builder::new()
+            .initial_window_size(stream_window)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME_BYTES)
+            .max_header_list_size(MAX_HEADER_BYTES)
+            .initial_max_send_streams(SETTINGS_PENDING)
+            .max_send_buffer_size(stream_window as usize)
+            .enable_push(false)
+            .handshake(io)
+            .await?;
+        poll_fn(|cx| {
+            if let Poll::Ready(ended) = std::pin::Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(ended.and(Err(h2::Reason::NO_ERROR.into())));
+            }
+            match connection.max_concurrent_send_streams() {
+                SETTINGS_PENDING => Poll::Pending,
+                _ => Poll::Ready(Ok(())),
+            }
+        })
+        .await?;
+        Ok((Self { send, lease: Arc::new(()) }, connection))
+    }
+
+    /// Streams in use.
+    pub fn streams(&self) -> usize {
+        Arc::strong_count(&self.lease) - 1
+    }
+
+    /// Streams the peer allows at once.
+    pub fn allowed(&self) -> usize {
+        self.send.current_max_send_streams()
+    }
+
+    /// Whether the connection can still take streams.
+    pub fn is_open(&mut self, cx: &mut Context<'_>) -> bool {
+        !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
+    }
+
+    /// Opens a stream. Does not wait for the answer: the application's first bytes travel with the
+    /// request, and a refusal arrives as an error of the receiving half.
+    ///
+    /// # Errors
+    /// When the connection is closing or broken; nothing was sent then.
+    pub fn open(&mut self, ask: Ask) -> Result<Stream, h2::Error> {
+        let (response, send) = self.send.send_request(request(ask)?, false)?;
+        Ok(Stream { send, recv: Recv::Pending(response), lease: Some(Arc::clone(&self.lease)) })
+    }
+}
+
+fn request(ask: Ask) -> Result<Request<()>, h2::Error> {
+    let mut headers = HeaderMap::new();
+    if let Some(value) = forwarded::format(ask.source) {
+        headers.insert(forwarded::NAME, value);
+    }
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    *request.version_mut() = http::Version::HTTP_2;
+    // A socket address is always a valid authority (RFC 9112, section 3.2.3).
+    *request.uri_mut() = Uri::builder()
+        .authority(ask.authority.to_string())
+        .build()
+        .map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR))?;
+    *request.headers_mut() = headers;
+    Ok(request)
+}

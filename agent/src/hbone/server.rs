@@ -1,0 +1,115 @@
+//! The accepting end: HTTP/2's limits, and what a CONNECT request says.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use h2::server::{Builder, Connection, SendResponse};
+use h2::{RecvStream, SendStream};
+use http::{Method, Request, Response};
+use tokio_rustls::server::TlsStream;
+
+use super::{
+    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, Transport, forwarded, status,
+};
+use crate::verdict::Reason;
+
+/// Streams that a peer may open and reset before we have looked at them. More is HTTP/2 rapid reset
+/// (CVE-2023-44487) and ends the connection. Applications that connect and abort make a few.
+const MAX_PENDING_RESETS: usize = 256;
+
+/// What a peer asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// The application's address.
+    pub authority: SocketAddr,
+    /// The opener's address, as the peer claims it.
+    pub source: Option<SocketAddr>,
+}
+
+/// Speaks HTTP/2's preface on an authenticated connection.
+///
+/// # Errors
+/// When the peer does not speak HTTP/2, or breaks the connection.
+pub async fn start(
+    io: TlsStream<Transport>,
+    stream_window: u32,
+    max_streams: u32,
+) -> Result<Connection<TlsStream<Transport>, Bytes>, h2::Error> {
+    Builder::new()
+        .initial_window_size(stream_window)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME_BYTES)
+        .max_header_list_size(MAX_HEADER_BYTES)
+        .max_concurrent_streams(max_streams)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_send_buffer_size(stream_window as usize)
+        .handshake(io)
+        .await
+}
+
+/// Reads a request.
+///
+/// # Errors
+/// [`Reason::BadRequest`] for anything but `CONNECT address:port`.
+pub fn parse<B>(request: &Request<B>) -> Result<Asked, Reason> {
+    if request.method() != Method::CONNECT || request.extensions().get::<h2::ext::Protocol>().is_some() {
+        return Err(Reason::BadRequest);
+    }
+    let authority = request.uri().authority().ok_or(Reason::BadRequest)?;
+    let authority: SocketAddr = authority.as_str().parse().map_err(|_| Reason::BadRequest)?;
+    if authority.port() == 0 {
+        return Err(Reason::BadRequest);
+    }
+    let authority = SocketAddr::new(authority.ip().to_canonical(), authority.port());
+    let source = request.headers().get(forwarded::NAME).and_then(|v| forwarded::parse(v.as_bytes()));
+    Ok(Asked { authority, source })
+}
+
+/// Grants a request: the stream is open.
+///
+/// # Errors
+/// When the peer has given it up meanwhile.
+pub fn accept(mut respond: SendResponse<Bytes>) -> Result<SendStream<Bytes>, h2::Error> {
+    respond.send_response(Response::new(()), false)
+}
+
+/// Refuses a request, and says why in a status and in our own word.
+pub fn refuse(mut respond: SendResponse<Bytes>, body: RecvStream, reason: Reason) {
+    let mut response = Response::new(());
+    *response.status_mut() = status(reason);
+    response.headers_mut().insert(REASON_HEADER, http::HeaderValue::from_static(reason.as_str()));
+    // The peer may be gone; then there is nobody to tell.
+    let _ = respond.send_response(response, true);
+    drop(body);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connect(authority: &str) -> Result<Asked, Reason> {
+        let uri = http::Uri::builder().authority(authority).build().map_err(|_| Reason::BadRequest)?;
+        parse(&Request::builder().method(Method::CONNECT).uri(uri).body(()).expect("valid"))
+    }
+
+    #[test]
+    fn only_an_address_with_a_port_is_an_authority() {
+        assert_eq!(connect("10.0.0.1:80").expect("valid").authority, "10.0.0.1:80".parse().unwrap());
+        assert_eq!(connect("[fd00::1]:80").expect("valid").authority, "[fd00::1]:80".parse().unwrap());
+        for bad in ["10.0.0.1", "10.0.0.1:0", "web.shop:80", "10.0.0.1:99999", "u@10.0.0.1:80", "[::1"] {
+            assert_eq!(connect(bad), Err(Reason::BadRequest), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_address_it_maps() {
+        let asked = connect("[::ffff:10.0.0.1]:80").expect("valid");
+        assert_eq!(asked.authority, "10.0.0.1:80".parse().unwrap());
+    }
+
+    #[test]
+    fn other_methods_are_refused() {
+        let get = Request::get("http://10.0.0.1:80/").body(()).expect("valid");
+        assert_eq!(parse(&get), Err(Reason::BadRequest));
+    }
+}

@@ -1,0 +1,167 @@
+//! Makes a connection: TCP, mutual TLS as the source, HTTP/2. The only place that dials peers.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::ServerName;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::slot::Epoch;
+use super::{Failure, Key};
+use crate::config::TunnelConfig;
+use crate::hbone::client::Tunnel;
+use crate::hbone::{READ_BUFFER_BYTES, Transport};
+use crate::identity::SpiffeId;
+use crate::identity::svid::X509Svid;
+use crate::telemetry::{Observe, Role};
+use crate::tls;
+use crate::trust::{Snapshot, Trust};
+use crate::verdict::Reason;
+
+/// A peer that acknowledges nothing for this long is gone, whatever TCP still hopes.
+const DEAD_AFTER: Duration = Duration::from_secs(30);
+
+/// A connection and the trust it rests on.
+pub(super) struct Dialled {
+    pub(super) tunnel: Tunnel,
+    pub(super) epoch: Epoch,
+}
+
+/// Dials peers.
+#[derive(Clone, Debug)]
+pub struct Dialer {
+    trust: Arc<Trust>,
+    config: Arc<TunnelConfig>,
+    observe: Observe,
+}
+
+impl Dialer {
+    /// Presents SVIDs from `trust` and verifies against its bundle.
+    pub fn new(trust: Arc<Trust>, config: Arc<TunnelConfig>, observe: Observe) -> Self {
+        Self { trust, config, observe }
+    }
+
+    /// The state of trust that a connection of `source` must rest on now; `None` without an SVID.
+    pub(super) fn epoch(&self, source: &SpiffeId) -> Option<Epoch> {
+        let now = self.trust.snapshot();
+        now.svids.get(source).map(|svid| epoch(svid, &now))
+    }
+
+    pub(super) async fn dial(&self, key: &Key) -> Result<Dialled, Failure> {
+        let (svid, snapshot) = self.svid(&key.source).await?;
+        let tcp = self.connect(key).await?;
+        let began = Instant::now();
+        let handshake = timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
+        let outcome = handshake.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let (tunnel, driver) = match outcome {
+            Ok(started) => started,
+            Err(error) => {
+                let reason = tls::reason(&error);
+                self.observe.handshake(Role::Client, began.elapsed(), Some(reason));
+                return Err(failure(key, reason, &error));
+            }
+        };
+        self.observe.handshake(Role::Client, began.elapsed(), None);
+        self.observe.pool(1);
+        let observe = self.observe.clone();
+        tokio::spawn(async move {
+            // How it ended shows in the streams; a pooled connection that just ends is no event.
+            let _ = driver.await;
+            observe.pool(-1);
+        });
+        Ok(Dialled { tunnel, epoch: epoch(&svid, &snapshot) })
+    }
+
+    /// The source's SVID; one that is just being issued is worth a moment's patience.
+    async fn svid(&self, source: &SpiffeId) -> Result<(Arc<X509Svid>, Arc<Snapshot>), Failure> {
+        let mut changes = self.trust.subscribe();
+        let held = async {
+            loop {
+                let now = self.trust.snapshot();
+                if let Some(svid) = now.svids.get(source) {
+                    return Some((Arc::clone(svid), now));
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        timeout(self.config.handshake_timeout, held).await.ok().flatten().ok_or_else(|| Failure {
+            reason: Reason::NoSvid,
+            detail: format!("no SVID has been issued for {source} yet").into(),
+        })
+    }
+
+    async fn connect(&self, key: &Key) -> Result<TcpStream, Failure> {
+        let connecting = timeout(self.config.connect_timeout, TcpStream::connect(key.address));
+        let tcp = match connecting.await {
+            Ok(Ok(tcp)) => tcp,
+            Ok(Err(error)) => return Err(failure(key, connect_reason(&error), &error)),
+            Err(_) => return Err(failure(key, Reason::ConnectTimeout, &io::ErrorKind::TimedOut.into())),
+        };
+        tune(&tcp).map_err(|error| failure(key, Reason::Internal, &error))?;
+        Ok(tcp)
+    }
+
+    async fn handshake(
+        &self,
+        key: &Key,
+        svid: &X509Svid,
+        snapshot: &Snapshot,
+        tcp: TcpStream,
+    ) -> io::Result<(Tunnel, impl Future<Output = Result<(), h2::Error>> + Send + use<>)> {
+        let config = tls::client::config(svid, &snapshot.bundle, key.destination.clone())
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        // SNI is off and identities are SPIFFE IDs: the name only fills the API's place.
+        let name = ServerName::IpAddress(key.address.ip().into());
+        let transport: Transport = BufReader::with_capacity(READ_BUFFER_BYTES, tcp);
+        let io: TlsStream<Transport> = TlsConnector::from(config).connect(name, transport).await?;
+        Tunnel::start(io, self.config.stream_window).await.map_err(into_io)
+    }
+}
+
+/// Names the state of trust that an SVID and a snapshot make.
+fn epoch(svid: &Arc<X509Svid>, snapshot: &Snapshot) -> Epoch {
+    Epoch { svid: svid.generation(), bundle: snapshot.bundle_epoch }
+}
+
+/// What every connection between agents has: no delay, and an end when the peer is gone.
+pub fn tune(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    let socket = SockRef::from(tcp);
+    let probes = TcpKeepalive::new().with_time(DEAD_AFTER / 2).with_interval(DEAD_AFTER / 6).with_retries(3);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(DEAD_AFTER))
+}
+
+/// Why a TCP connect failed.
+pub fn connect_reason(error: &io::Error) -> Reason {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Reason::Refused,
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Reason::Unreachable,
+        io::ErrorKind::TimedOut => Reason::ConnectTimeout,
+        _ => Reason::Internal,
+    }
+}
+
+/// Keeps rustls' own error inside h2's visible for [`tls::reason`].
+fn into_io(error: h2::Error) -> io::Error {
+    if error.is_io() {
+        return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+    }
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+fn failure(key: &Key, reason: Reason, error: &io::Error) -> Failure {
+    let hint = match reason {
+        Reason::Refused => ": no agent listens there; is one running on the peer's node, and the peer enrolled?",
+        Reason::ConnectTimeout => ": the node is down, or a firewall or NetworkPolicy drops the tunnel's port",
+        _ => "",
+    };
+    let detail = format!("{} at {}: {error}{hint}", key.destination, key.address);
+    Failure { reason, detail: detail.into() }
+}
