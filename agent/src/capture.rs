@@ -1,1 +1,252 @@
-//! (being written)
+//! Takes connections over: loads the kernel side, attaches it, and keeps its tables.
+//!
+//! Programs, links and maps are pinned, so they outlive the agent: without it, strict pods are
+//! closed, never open. An agent that starts adopts what is pinned and puts its own programs in place
+//! with no instant between. Nothing here listens, accepts or moves bytes.
+
+mod diag;
+mod events;
+mod listener;
+pub mod mount;
+mod pods;
+mod programs;
+pub mod sys;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use aya::maps::{MapData, PerCpuArray};
+use ebpf::{Addr, Captured, Delivery, OriginalDst, TrueSource, VERDICT_COUNT};
+
+pub use events::Events;
+pub use listener::Listeners;
+
+use crate::config::CaptureConfig;
+use pods::Pods;
+use programs::Programs;
+use sys::Table;
+
+/// Why capture does not work. Each message says what to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// No bpffs to keep things in.
+    #[error("cannot use {} for pinned programs: {source} (capture.bpffs must be on a bpffs, or where one can be mounted; needs CAP_SYS_ADMIN)", path.display())]
+    Bpffs {
+        /// The configured directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The configured cgroup is not there.
+    #[error("cannot open the pods' cgroup {}: {source} (set capture.cgroup to the cgroup v2 directory above all pods)", path.display())]
+    Cgroup {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kernel does not take the programs.
+    #[error(
+        "the kernel refuses {what}: {message} (needs Linux 6.1 or later with BTF, and CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN; `hauberk check` says what is missing)"
+    )]
+    Load {
+        /// Which part.
+        what: String,
+        /// aya's or the kernel's words.
+        message: String,
+    },
+    /// A program cannot be attached.
+    #[error("cannot attach {what}: {source}")]
+    Attach {
+        /// Which program, and to what.
+        what: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No egress guard, though it is required.
+    #[error(
+        "cannot attach the egress guard to {interface}: {source} (needs Linux 6.6; `capture.egressGuard: optional` does without)"
+    )]
+    Guard {
+        /// The pod's interface.
+        interface: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A table of the kernel side cannot be used.
+    #[error("cannot {what}: {source}")]
+    Table {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The pod's network namespace cannot be entered.
+    #[error("cannot work inside the pod's network namespace: {0}")]
+    Netns(#[source] io::Error),
+}
+
+/// The kernel side, in use.
+pub struct Capture {
+    programs: Programs,
+    pods: Pods,
+    mesh: Table<Addr, u32>,
+    original_dst: Table<Captured, OriginalDst>,
+    true_source: Table<Delivery, TrueSource>,
+    verdicts: PerCpuArray<MapData, u64>,
+    heartbeat: Table<u32, u64>,
+    events: Mutex<Option<Events>>,
+}
+
+impl fmt::Debug for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capture").field("pods", &self.pods).finish_non_exhaustive()
+    }
+}
+
+impl Capture {
+    /// Loads the programs, adopts or makes the pins, and attaches to the pods' cgroup. Must be
+    /// called on a tokio runtime, which the events are then read on.
+    ///
+    /// # Errors
+    /// One line that says what is missing and how to mend it.
+    pub fn start(config: &CaptureConfig, tunnel_port: u16, exempt: &[IpAddr]) -> Result<Self, CaptureError> {
+        let dir = pin_dir(config);
+        mount::ensure_bpffs(&config.bpffs)
+            .and_then(|()| std::fs::create_dir_all(&dir))
+            .map_err(|source| CaptureError::Bpffs { path: dir.clone(), source })?;
+        let mut programs = Programs::load(&dir)?;
+        programs.attach_cgroup(&config.cgroup)?;
+        let table = |what| move |source| CaptureError::Table { what, source };
+        let exempted: Table<Addr, u32> =
+            Table::open(&dir.join("EXEMPT")).map_err(table("open the table of exempt probes"))?;
+        replace(&exempted, exempt.iter().copied()).map_err(table("fill the table of exempt probes"))?;
+        let events = Events::new(programs.events()?).map_err(table("watch the ring buffer"))?;
+        Ok(Self {
+            mesh: Table::open(&dir.join("MESH")).map_err(table("open the table of mesh members"))?,
+            original_dst: Table::open(&dir.join("ORIGINAL_DST"))
+                .map_err(table("open the table of original destinations"))?,
+            true_source: Table::open(&dir.join("TRUE_SOURCE"))
+                .map_err(table("open the table of true sources"))?,
+            pods: Pods::open(&dir, config, tunnel_port).map_err(table("open the tables of pods"))?,
+            verdicts: programs.verdicts()?,
+            heartbeat: Table::open(&dir.join("HEARTBEAT")).map_err(table("open the heartbeat"))?,
+            events: Mutex::new(Some(events)),
+            programs,
+        })
+    }
+
+    /// Makes the set of captured destinations equal to `addresses`; adds before it removes.
+    ///
+    /// # Errors
+    /// When the table is full or cannot be written.
+    pub fn set_mesh(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), CaptureError> {
+        replace(&self.mesh, addresses)
+            .map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
+    }
+
+    /// Takes the original destination of a connection that a listener has accepted from `peer`.
+    pub fn original_dst(&self, peer: SocketAddr, listener_port: u16) -> Option<SocketAddr> {
+        let key = Captured { pod: addr(peer.ip()), source_port: peer.port(), listener_port };
+        let row = self.original_dst.take(&key).ok()??;
+        Some(SocketAddr::new(ip(row.addr), row.port))
+    }
+
+    /// Says who is behind the connection that is about to be made inside a pod.
+    ///
+    /// # Errors
+    /// When the table is full.
+    pub fn announce(
+        &self,
+        pod: IpAddr,
+        source_port: u16,
+        app_port: u16,
+        client: SocketAddr,
+    ) -> Result<(), CaptureError> {
+        let key = Delivery { pod: addr(pod), source_port, app_port };
+        let value = TrueSource { addr: addr(client.ip()), port: client.port(), reserved: [0; 3] };
+        self.true_source
+            .insert(&key, &value)
+            .map_err(|source| CaptureError::Table { what: "announce a delivered connection", source })
+    }
+
+    /// Takes back what [`Capture::announce`] said, if the kernel side has not used it.
+    pub fn retract(&self, pod: IpAddr, source_port: u16, app_port: u16) {
+        // A row that stays costs a few bytes until the port comes round again.
+        let _ = self.true_source.remove(&Delivery { pod: addr(pod), source_port, app_port });
+    }
+
+    /// Tells the kernel side that an agent is alive. Call it every second.
+    pub fn beat(&self) {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+        let Ok(now) = now.map(|t| std::time::Duration::from(t).as_nanos() as u64) else { return };
+        if let Err(error) = self.heartbeat.insert(&0, &now) {
+            tracing::warn!(%error, "cannot write the heartbeat");
+        }
+    }
+
+    /// Counts of the kernel side's verdicts, by `ebpf::VERDICT_*`.
+    pub fn verdicts(&self) -> [u64; VERDICT_COUNT as usize] {
+        std::array::from_fn(|verdict| {
+            let index = u32::try_from(verdict).unwrap_or(0);
+            self.verdicts.get(&index, 0).map_or(0, |cpus| cpus.iter().sum())
+        })
+    }
+
+    /// The kernel side's events; the second caller gets none.
+    pub fn events(&self) -> Option<Events> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Removes everything that is pinned: nothing is captured, and nothing refused, any more.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn uninstall(config: &CaptureConfig) -> Result<(), CaptureError> {
+        let dir = pin_dir(config);
+        let remove = || -> io::Result<()> {
+            if dir.exists() {
+                for entry in std::fs::read_dir(&dir)? {
+                    std::fs::remove_file(entry?.path())?;
+                }
+                std::fs::remove_dir(&dir)?;
+            }
+            mount::remove_bpffs(&config.bpffs)
+        };
+        remove().map_err(|source| CaptureError::Bpffs { path: dir.clone(), source })
+    }
+}
+
+/// What is pinned carries the contract's version in its path, so two versions never meet.
+fn pin_dir(config: &CaptureConfig) -> PathBuf {
+    Path::new(&config.bpffs).join(ebpf::VERSION)
+}
+
+/// An address as the kernel side's rows have it.
+fn addr(ip: IpAddr) -> Addr {
+    match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn ip(addr: Addr) -> IpAddr {
+    IpAddr::from(addr).to_canonical()
+}
+
+/// Makes a set equal to `addresses`, adding before it removes.
+fn replace(set: &Table<Addr, u32>, addresses: impl Iterator<Item = IpAddr>) -> io::Result<()> {
+    let wanted: HashSet<Addr> = addresses.map(addr).collect();
+    let have: HashSet<Addr> = set.keys()?.into_iter().collect();
+    for new in wanted.difference(&have) {
+        set.insert(new, &1)?;
+    }
+    for old in have.difference(&wanted) {
+        set.remove(old)?;
+    }
+    Ok(())
+}

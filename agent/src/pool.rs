@@ -81,7 +81,9 @@ impl Pool {
                 Ok(Ok(())) => {}
                 Ok(Err(failure)) => return Err(failure),
                 // The dialling task died without a word.
-                Err(_) => return Err(Failure { reason: Reason::Internal, detail: "dialling was cut off".into() }),
+                Err(_) => {
+                    return Err(Failure { reason: Reason::Internal, detail: "dialling was cut off".into() });
+                }
             }
         }
         let detail = format!("{} at {} has no room for another stream", key.destination, key.address);

@@ -35,7 +35,7 @@ pub struct Relayed {
 /// Relays until both directions have ended or one has failed, or until `stop` resolves.
 ///
 /// On a failure the application's socket is reset and the stream is reset too.
-pub async fn relay(app: TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
+pub async fn relay(app: &TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
     let mut up = Up::new(stream.send);
     let mut down = Down::new(stream.recv);
     let _lease = stream.lease;
@@ -44,12 +44,12 @@ pub async fn relay(app: TcpStream, stream: Stream, stop: impl Future<Output = Re
         if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
             return Poll::Ready(reason);
         }
-        poll_both(&mut up, &mut down, &app, cx)
+        poll_both(&mut up, &mut down, app, cx)
     })
     .await;
     if reason != Reason::Done {
         up.reset();
-        reset(&app);
+        reset(app);
     }
     Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }
 }

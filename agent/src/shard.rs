@@ -1,1 +1,183 @@
-//! (being written)
+//! One thread of the data path: its runtime, its pool, its share of every pod's listeners.
+//!
+//! A connection stays on the thread that accepted it, and so does the tunnel it uses: no lock is
+//! contended and no thread is woken from another. The kernel spreads new connections over the
+//! threads by `SO_REUSEPORT`.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::runtime;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::capture::{Capture, Listeners};
+use crate::config::TunnelConfig;
+use crate::directory;
+use crate::pod::Pod;
+use crate::pool::Pool;
+use crate::pool::dial::Dialer;
+use crate::telemetry::Observe;
+use crate::trust::Trust;
+use crate::verdict::Reason;
+use crate::{inbound, outbound};
+
+/// What every thread shares.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// SVIDs and bundle.
+    pub trust: Arc<Trust>,
+    /// Who is where.
+    pub directory: Arc<directory::Live>,
+    /// The kernel side.
+    pub capture: Arc<Capture>,
+    /// Where outcomes are reported.
+    pub observe: Observe,
+    /// Timeouts and limits.
+    pub tunnel: Arc<TunnelConfig>,
+    /// Permits for TLS handshakes of peers that are not yet authenticated.
+    pub handshakes: Arc<Semaphore>,
+    /// Cancelled when the agent begins to stop: nothing new is accepted.
+    pub drain: CancellationToken,
+    /// Cancelled at the drain's deadline: what is still open is reset.
+    pub abort: CancellationToken,
+    /// Every task that serves a connection, over all threads.
+    pub tasks: TaskTracker,
+}
+
+/// One thread's view: the shared state and its own pool.
+#[derive(Clone, Debug)]
+pub struct Shard {
+    shared: Shared,
+    /// This thread's connections to peers.
+    pub pool: Pool,
+    turns: Arc<AtomicUsize>,
+}
+
+impl std::ops::Deref for Shard {
+    type Target = Shared;
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl Shard {
+    /// Runs a connection's task on this thread; the drain waits for it.
+    pub fn spawn(self, task: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(self.shared.tasks.track_future(task));
+    }
+
+    /// Resolves when the agent begins to stop.
+    pub async fn draining(&self) {
+        self.shared.drain.cancelled().await;
+    }
+
+    /// Resolves when a connection has to end: its pod is gone, or the drain's deadline has come.
+    pub async fn stop(&self, pod_gone: &CancellationToken) -> Reason {
+        tokio::select! {
+            () = pod_gone.cancelled() => Reason::Draining,
+            () = self.shared.abort.cancelled() => Reason::Draining,
+        }
+    }
+
+    /// A number that grows with each call, for taking turns.
+    pub fn turn(&self) -> usize {
+        self.turns.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Says that accepting failed, and waits until trying again makes sense.
+    pub async fn accept_failed(&self, local: SocketAddr, error: &io::Error) {
+        // A connection that its peer gave up in the backlog is no trouble of ours.
+        if error.kind() == io::ErrorKind::ConnectionAborted {
+            return;
+        }
+        tracing::warn!(%local, %error, "cannot accept a connection; out of file descriptors or memory?");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// What a thread is told.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve a pod on these listeners.
+    Serve(Arc<Pod>, Listeners),
+}
+
+/// A running thread of the data path.
+#[derive(Debug)]
+pub struct Thread {
+    commands: mpsc::UnboundedSender<Command>,
+    join: JoinHandle<()>,
+}
+
+impl Thread {
+    /// Starts a thread.
+    ///
+    /// # Errors
+    /// When the system has no thread or no epoll for it.
+    pub fn start(number: usize, shared: Shared) -> io::Result<Self> {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+        let (commands, orders) = mpsc::unbounded_channel();
+        let join = std::thread::Builder::new()
+            .name(format!("data-{number}"))
+            .spawn(move || runtime.block_on(run(shared, orders)))?;
+        Ok(Self { commands, join })
+    }
+
+    /// Gives the thread its share of a pod.
+    pub fn serve(&self, pod: Arc<Pod>, listeners: Listeners) {
+        // A thread that has ended is stopping with the whole agent.
+        let _ = self.commands.send(Command::Serve(pod, listeners));
+    }
+
+    /// Waits for the thread's end, which comes when the agent aborts or has drained.
+    pub fn join(self) {
+        drop(self.commands);
+        // A panic in it was reported by the panic hook.
+        let _ = self.join.join();
+    }
+}
+
+async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
+    let dialer = Dialer::new(Arc::clone(&shared.trust), Arc::clone(&shared.tunnel), shared.observe.clone());
+    let pool = Pool::new(dialer, shared.tunnel.max_streams);
+    let idle = shared.tunnel.idle_timeout;
+    let shard = Shard { shared, pool, turns: Arc::new(AtomicUsize::new(fastrand::usize(..1 << 16))) };
+    let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_secs(1)));
+    loop {
+        tokio::select! {
+            order = orders.recv() => match order {
+                Some(Command::Serve(pod, listeners)) => serve(&shard, pod, listeners),
+                None => break,
+            },
+            _ = sweep.tick() => shard.pool.sweep(Instant::now(), idle),
+        }
+    }
+    // Every sender is gone: the agent has drained, or gave up doing so.
+    shard.shared.abort.cancelled().await;
+}
+
+fn serve(shard: &Shard, pod: Arc<Pod>, listeners: Listeners) {
+    for listener in listeners.outbound {
+        match tokio::net::TcpListener::from_std(listener) {
+            Ok(listener) => drop(tokio::spawn(outbound::serve(shard.clone(), Arc::clone(&pod), listener))),
+            Err(error) => {
+                tracing::error!(%error, workload = %pod.workload.id, "cannot serve an outbound listener")
+            }
+        }
+    }
+    for listener in listeners.tunnel {
+        match tokio::net::TcpListener::from_std(listener) {
+            Ok(listener) => drop(tokio::spawn(inbound::serve(shard.clone(), Arc::clone(&pod), listener))),
+            Err(error) => {
+                tracing::error!(%error, workload = %pod.workload.id, "cannot serve a tunnel listener")
+            }
+        }
+    }
+}

@@ -8,9 +8,7 @@ use h2::{RecvStream, SendStream};
 use http::{Method, Request, Response};
 use tokio_rustls::server::TlsStream;
 
-use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, Transport, forwarded, status,
-};
+use super::{CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, Transport, forwarded, status};
 use crate::verdict::Reason;
 
 /// Streams that a peer may open and reset before we have looked at them. More is HTTP/2 rapid reset

@@ -158,8 +158,12 @@ fn into_io(error: h2::Error) -> io::Error {
 
 fn failure(key: &Key, reason: Reason, error: &io::Error) -> Failure {
     let hint = match reason {
-        Reason::Refused => ": no agent listens there; is one running on the peer's node, and the peer enrolled?",
-        Reason::ConnectTimeout => ": the node is down, or a firewall or NetworkPolicy drops the tunnel's port",
+        Reason::Refused => {
+            ": no agent listens there; is one running on the peer's node, and the peer enrolled?"
+        }
+        Reason::ConnectTimeout => {
+            ": the node is down, or a firewall or NetworkPolicy drops the tunnel's port"
+        }
         _ => "",
     };
     let detail = format!("{} at {}: {error}{hint}", key.destination, key.address);

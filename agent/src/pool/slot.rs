@@ -67,7 +67,10 @@ impl Slot {
     }
 
     /// Takes a dial's outcome; returns who waited for it, and what to tell them.
-    pub(super) fn dialled(&mut self, outcome: Result<Dialled, Failure>) -> (Vec<Waiter>, Result<(), Failure>) {
+    pub(super) fn dialled(
+        &mut self,
+        outcome: Result<Dialled, Failure>,
+    ) -> (Vec<Waiter>, Result<(), Failure>) {
         self.dialling = false;
         let told = outcome.map(|Dialled { tunnel, epoch }| {
             self.pooled.push(Pooled { tunnel, epoch, idle_since: None });

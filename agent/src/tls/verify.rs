@@ -77,9 +77,8 @@ impl PeerVerifier {
         certificate
             .verify_for_usage(self.algorithms.all, &self.roots.roots, intermediates, now, usage, None, None)
             .map_err(webpki_error)?;
-        self.identify(leaf).map_err(|who| {
-            Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who))))
-        })
+        self.identify(leaf)
+            .map_err(|who| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who)))))
     }
 
     fn identify(&self, leaf: &CertificateDer<'_>) -> Result<(), Misidentified> {

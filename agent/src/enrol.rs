@@ -1,0 +1,185 @@
+//! Makes the enrolled pods of this node equal to what the directory says, again and again.
+//!
+//! A pod that cannot be enrolled is retried, and keeps its reason until it can; the others are
+//! served meanwhile. Runs on a thread of its own, as it enters the pods' network namespaces.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::capture::{Capture, Listeners};
+use crate::config::AgentConfig;
+use crate::deliver::Deliver;
+use crate::directory::{Directory, Workload};
+use crate::netns::Netns;
+use crate::pod::Pod;
+use crate::shard::Thread;
+
+/// How often pods are looked at without a change in the directory: a namespace may have been made
+/// late or anew, and what failed may work now.
+pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// `namespace/name`.
+type Name = String;
+
+/// How each local workload stands: `Ok` when enrolled, else the reason why not.
+#[derive(Debug, Default)]
+pub struct Status(Mutex<BTreeMap<Name, Result<(), String>>>);
+
+impl Status {
+    /// The state as of now, by `namespace/name`.
+    pub fn now(&self) -> BTreeMap<Name, Result<(), String>> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Name, Result<(), String>>> {
+        // Entries are whole at every instant.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Enrolled {
+    pod: Arc<Pod>,
+    workload: Arc<Workload>,
+    netns: Arc<Netns>,
+}
+
+/// Enrols and removes pods.
+pub struct Enroller {
+    config: Arc<AgentConfig>,
+    capture: Arc<Capture>,
+    threads: Vec<Thread>,
+    enrolled: BTreeMap<Name, Enrolled>,
+    status: Arc<Status>,
+    adopted: bool,
+}
+
+impl Enroller {
+    /// Nothing enrolled yet; what earlier agents left pinned is adopted by the first [`Enroller::apply`].
+    pub fn new(config: Arc<AgentConfig>, capture: Arc<Capture>, threads: Vec<Thread>) -> Self {
+        Self { config, capture, threads, enrolled: BTreeMap::new(), status: Arc::default(), adopted: false }
+    }
+
+    /// How the local workloads stand.
+    pub fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.status)
+    }
+
+    /// Gives the data-path threads back, to be joined.
+    pub fn into_threads(self) -> Vec<Thread> {
+        self.threads
+    }
+
+    /// Enrols what is wanted and missing, removes what is there and unwanted.
+    pub fn apply(&mut self, directory: &Directory) {
+        // First the destinations: a pod must never be served with a mesh that lacks a member.
+        if let Err(error) = self.capture.set_mesh(directory.mesh_addresses()) {
+            tracing::error!(%error, "cannot tell the kernel who is in the mesh; trying again");
+            return;
+        }
+        let node = self.config.node.clone();
+        let wanted: BTreeMap<Name, &Arc<Workload>> = directory
+            .enrolled_on(&node)
+            .map(|workload| (format!("{}/{}", workload.namespace, workload.name), workload))
+            .collect();
+        let stale: Vec<Name> = self
+            .enrolled
+            .iter()
+            .filter(|(name, now)| !wanted.get(*name).is_some_and(|workload| still_fits(now, workload)))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in stale {
+            self.remove(&name);
+        }
+        for (name, workload) in &wanted {
+            let outcome = self.ensure(name, workload);
+            self.note(name, outcome);
+        }
+        self.status.lock().retain(|name, _| wanted.contains_key(name));
+        self.adopt();
+    }
+
+    /// After the first round, what is pinned and was not enrolled again belongs to pods that are gone.
+    fn adopt(&mut self) {
+        // A pod that failed may be one of them: what is pinned keeps it closed, so it stays.
+        let failed = self.status.lock().values().any(Result::is_err);
+        if self.adopted || failed {
+            return;
+        }
+        let keep: HashSet<u64> = self.enrolled.values().map(|e| e.netns.cookie()).collect();
+        match self.capture.retain(&keep) {
+            Ok(()) => self.adopted = true,
+            Err(error) => tracing::warn!(%error, "cannot remove what is pinned of pods that are gone"),
+        }
+    }
+
+    fn ensure(&mut self, name: &str, workload: &Arc<Workload>) -> Result<(), String> {
+        let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload) };
+        if now.workload.mode != workload.mode {
+            self.capture.enrol(workload, &now.netns).map_err(|e| e.to_string())?;
+            tracing::info!(workload = name, mode = ?workload.mode, "mode changed");
+        }
+        now.workload = Arc::clone(workload);
+        Ok(())
+    }
+
+    fn enrol(&mut self, name: &str, workload: &Arc<Workload>) -> Result<(), String> {
+        let path = netns_path(workload)?;
+        let netns = Arc::new(Netns::open(&path).map_err(|e| e.to_string())?);
+        let ports = &self.config.capture.ports;
+        let tunnel_port = self.config.tunnel.port;
+        let listeners: Vec<Listeners> = self
+            .threads
+            .iter()
+            .map(|_| Listeners::open(&netns, workload, ports, tunnel_port))
+            .collect::<Result<_, _>>()
+            .map_err(|e| format!("cannot listen inside the pod: {e}"))?;
+        let deliver =
+            Deliver::new(Arc::clone(&netns), Arc::clone(&self.capture)).map_err(|e| e.to_string())?;
+        let own_ports = ports.iter().copied().chain([tunnel_port]).collect();
+        let pod = Arc::new(Pod::new(Arc::clone(workload), deliver, own_ports));
+        // The listeners are there already: a connection captured from now on finds one.
+        self.capture.enrol(workload, &netns).map_err(|e| e.to_string())?;
+        for (thread, listeners) in self.threads.iter().zip(listeners) {
+            thread.serve(Arc::clone(&pod), listeners);
+        }
+        tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
+        self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns });
+        Ok(())
+    }
+
+    fn remove(&mut self, name: &str) {
+        let Some(gone) = self.enrolled.remove(name) else { return };
+        if let Err(error) = self.capture.remove(gone.netns.cookie()) {
+            tracing::warn!(workload = name, %error, "cannot remove everything of the pod from the kernel");
+        }
+        // Ends its listeners and streams, whose sockets would keep the namespace alive.
+        gone.pod.gone.cancel();
+        tracing::info!(workload = name, "removed");
+    }
+
+    fn note(&self, name: &str, outcome: Result<(), String>) {
+        let before = self.status.lock().insert(name.into(), outcome.clone());
+        if let Err(reason) = outcome
+            && before.as_ref().and_then(|b| b.as_ref().err()) != Some(&reason)
+        {
+            tracing::error!(workload = name, %reason, "not enrolled; trying again every second");
+        }
+    }
+}
+
+fn netns_path(workload: &Workload) -> Result<PathBuf, String> {
+    workload.netns.clone().ok_or_else(|| "the directory names no network namespace (netns) for it".into())
+}
+
+/// Whether a pod may be served on as the directory has it now. The mode may change in place.
+fn still_fits(now: &Enrolled, workload: &Workload) -> bool {
+    let same = now.workload.id == workload.id
+        && now.workload.addresses == workload.addresses
+        && now.workload.netns == workload.netns;
+    let path = netns_path(workload).unwrap_or_default();
+    // A namespace whose file is gone stays enrolled until the directory lets it go: whatever still
+    // runs in it stays captured. A file that names another namespace means another pod.
+    same && Netns::open(&path).map_or(true, |found| found.inode() == now.netns.inode())
+}

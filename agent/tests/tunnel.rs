@@ -1,0 +1,252 @@
+//! The tunnel without the kernel side: pool, TLS, HBONE and relay between two ends on loopback.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use hauberk::config::TunnelConfig;
+use hauberk::hbone::client::Ask;
+use hauberk::hbone::{READ_BUFFER_BYTES, Recv, Stream, server};
+use hauberk::identity::bundle::TrustBundle;
+use hauberk::identity::svid::X509Svid;
+use hauberk::identity::{SpiffeId, TrustDomain};
+use hauberk::pool::dial::Dialer;
+use hauberk::pool::{Key, Pool};
+use hauberk::relay;
+use hauberk::telemetry::{Metrics, Observe};
+use hauberk::tls;
+use hauberk::trust::Trust;
+use hauberk::verdict::Reason;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+
+struct Root {
+    issuer: Issuer<'static, KeyPair>,
+    bundle: TrustBundle,
+}
+
+fn domain() -> TrustDomain {
+    TrustDomain::parse("td.test").unwrap()
+}
+
+fn root() -> Root {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let certificate = params.self_signed(&key).unwrap();
+    let bundle = TrustBundle::new(domain(), vec![certificate.der().clone()]).unwrap();
+    Root { issuer: Issuer::new(params, key), bundle }
+}
+
+fn id(name: &str) -> SpiffeId {
+    SpiffeId::workload(&domain(), "test", name).unwrap()
+}
+
+fn svid(root: &Root, id: &SpiffeId) -> X509Svid {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI(id.as_str().try_into().unwrap())];
+    let certificate = params.signed_by(&key, &root.issuer).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+    let key = tls::provider::provider().key_provider.load_private_key(key).unwrap();
+    X509Svid::new(vec![certificate.der().clone()], key).unwrap()
+}
+
+/// A peer that serves every stream by connecting to where it asks; counts its connections.
+async fn peer(root: &Root, who: &str, window: u32) -> (SocketAddr, Arc<AtomicUsize>) {
+    let config = tls::server::config(&svid(root, &id(who)), &root.bundle).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let (acceptor, count) = (TlsAcceptor::from(Arc::clone(&config)), Arc::clone(&count));
+            tokio::spawn(async move {
+                let transport = BufReader::with_capacity(READ_BUFFER_BYTES, tcp);
+                let Ok(io) = acceptor.accept(transport).await else { return };
+                count.fetch_add(1, Ordering::Relaxed);
+                let mut connection = server::start(io, window, 1000).await.unwrap();
+                while let Some(Ok((request, respond))) = connection.accept().await {
+                    tokio::spawn(serve(request, respond));
+                }
+            });
+        }
+    });
+    (address, connections)
+}
+
+async fn serve(request: http::Request<h2::RecvStream>, respond: h2::server::SendResponse<bytes::Bytes>) {
+    let asked = server::parse(&request).unwrap();
+    match TcpStream::connect(asked.authority).await {
+        Ok(app) => {
+            let send = server::accept(respond).unwrap();
+            let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
+            relay::relay(&app, stream, std::future::pending()).await;
+        }
+        Err(_) => server::refuse(respond, request.into_body(), Reason::Refused),
+    }
+}
+
+/// The dialling agent: applications connect to `listen`, and come out at `app` behind `peer`.
+struct Near {
+    listen: SocketAddr,
+    trust: Arc<Trust>,
+}
+
+async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near {
+    let trust = Trust::new(root.bundle.clone());
+    trust.insert(svid(root, &id("client")));
+    let observe = Observe::new(Arc::new(Metrics::default()));
+    let dialer = Dialer::new(Arc::clone(&trust), Arc::new(TunnelConfig::default()), observe);
+    let pool = Pool::new(dialer, 1000);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listen = listener.local_addr().unwrap();
+    let key = Key { source: id("client"), destination: id(who), address: peer };
+    tokio::spawn(async move {
+        while let Ok((tcp, source)) = listener.accept().await {
+            let (pool, key) = (pool.clone(), key.clone());
+            tokio::spawn(async move {
+                match pool.open(&key, Ask { authority: app, source }).await {
+                    Ok(stream) => drop(relay::relay(&tcp, stream, std::future::pending()).await),
+                    Err(_) => relay::reset(&tcp),
+                }
+            });
+        }
+    });
+    Near { listen, trust }
+}
+
+async fn echo_app() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut tcp, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut read, mut write) = tcp.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+                let _ = write.shutdown().await;
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn bytes_arrive_whole_in_both_directions_and_ends_are_passed_on() {
+    let root = root();
+    let (address, _) = peer(&root, "server", 1 << 20).await;
+    let near = near(&root, address, "server", echo_app().await).await;
+    let sent: Vec<u8> = (0..16 << 20).map(|i: u32| (i % 251) as u8).collect();
+    let mut tcp = TcpStream::connect(near.listen).await.unwrap();
+    let (mut read, mut write) = tcp.split();
+    let mut received = Vec::new();
+    let (written, got) = tokio::join!(
+        async {
+            write.write_all(&sent).await.unwrap();
+            write.shutdown().await
+        },
+        read.read_to_end(&mut received)
+    );
+    written.unwrap();
+    got.unwrap();
+    assert!(received == sent, "{} of {} bytes came back, or not the same", received.len(), sent.len());
+}
+
+#[tokio::test]
+async fn streams_share_one_connection_and_a_new_svid_takes_a_new_one() {
+    let root = root();
+    let (address, connections) = peer(&root, "server", 1 << 20).await;
+    let near = near(&root, address, "server", echo_app().await).await;
+    let mut open = Vec::new();
+    for _ in 0..200 {
+        open.push(TcpStream::connect(near.listen).await.unwrap());
+    }
+    async fn ping(tcp: &mut TcpStream) {
+        tcp.write_all(b"x").await.unwrap();
+        assert_eq!(tcp.read_u8().await.unwrap(), b'x');
+    }
+    for tcp in &mut open {
+        ping(tcp).await;
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 1, "200 streams share one connection");
+    near.trust.insert(svid(&root, &id("client")));
+    let mut fresh = TcpStream::connect(near.listen).await.unwrap();
+    ping(&mut fresh).await;
+    assert_eq!(connections.load(Ordering::Relaxed), 2, "the renewed SVID made a connection of its own");
+    for tcp in &mut open {
+        ping(tcp).await;
+    }
+}
+
+#[tokio::test]
+async fn the_wrong_identity_and_a_refused_port_are_resets() {
+    let root = root();
+    let (address, _) = peer(&root, "impostor", 1 << 20).await;
+    let wrong = near(&root, address, "server", echo_app().await).await;
+    let mut tcp = TcpStream::connect(wrong.listen).await.unwrap();
+    let error = tcp.read_u8().await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+
+    let closed = { TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap() };
+    let refused = near(&root, address, "impostor", closed).await;
+    let mut tcp = TcpStream::connect(refused.listen).await.unwrap();
+    let error = tcp.read_u8().await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_reset_is_a_reset_at_the_other_end_in_both_directions() {
+    let root = root();
+    let (address, _) = peer(&root, "server", 1 << 20).await;
+    let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = near(&root, address, "server", app.local_addr().unwrap()).await;
+    for client_resets in [true, false] {
+        let mut client = TcpStream::connect(near.listen).await.unwrap();
+        client.write_all(b"hello").await.unwrap();
+        let (mut served, _) = app.accept().await.unwrap();
+        let mut hello = [0; 5];
+        served.read_exact(&mut hello).await.unwrap();
+        let mut left = if client_resets {
+            relay::reset(&client);
+            drop(client);
+            served
+        } else {
+            relay::reset(&served);
+            drop(served);
+            client
+        };
+        let read = tokio::time::timeout(Duration::from_secs(2), left.read_u8()).await;
+        let error = read.expect("the reset arrives at once").unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "client_resets={client_resets}");
+    }
+}
+
+#[tokio::test]
+async fn a_stalled_reader_holds_a_window_and_hurts_no_other_stream() {
+    let root = root();
+    let window = 1 << 18;
+    let (address, _) = peer(&root, "server", window).await;
+    let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = near(&root, address, "server", app.local_addr().unwrap()).await;
+    let mut stalled = TcpStream::connect(near.listen).await.unwrap();
+    stalled.write_all(b"x").await.unwrap();
+    let (_never_read, _) = app.accept().await.unwrap();
+    // One byte at a time is the dearest way to fill a window.
+    let mut written = 0usize;
+    let chunk = [7u8; 64 * 1024];
+    while let Ok(Ok(n)) = tokio::time::timeout(Duration::from_millis(500), stalled.write(&chunk)).await {
+        written += n;
+        assert!(written < 64 << 20, "a stalled reader must push back");
+    }
+    let mut other = TcpStream::connect(near.listen).await.unwrap();
+    let (mut served, _) = app.accept().await.unwrap();
+    other.write_all(&chunk).await.unwrap();
+    let mut got = vec![0; chunk.len()];
+    let read = tokio::time::timeout(Duration::from_secs(2), served.read_exact(&mut got)).await;
+    read.expect("another stream is not held up").unwrap();
+}

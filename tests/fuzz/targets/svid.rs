@@ -1,0 +1,8 @@
+//! A peer's leaf certificate: any bytes must be read or refused, never panic.
+#![no_main]
+use hauberk::identity::svid::Leaf;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|der: &[u8]| {
+    let _ = Leaf::from_der(der);
+});
