@@ -1,1 +1,61 @@
-//! (being written)
+//! The authority: knows who is where, and issues identities to the agents of those nodes.
+//!
+//! An agent proves which node it is by a join token, once; after that by its node's SVID. It is
+//! issued its own identity, and identities that the directory places on its node. Everything else is
+//! refused with a reason, logged and counted. Signing itself is `ca`'s.
+
+pub mod config;
+mod serve;
+mod service;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::ca::store::Store;
+use crate::directory::{Live, file};
+pub use config::AuthorityConfig;
+pub use service::Counters;
+use service::Service;
+
+/// The generated gRPC code of `proto/authority.proto`.
+pub mod proto {
+    #![allow(missing_docs, clippy::all, unreachable_pub, unused_qualifications, reason = "generated")]
+    tonic::include_proto!("hauberk.authority.v1");
+}
+
+/// Runs the authority until `stop` is cancelled.
+///
+/// # Errors
+/// When it cannot start; one chain of causes that says what to mend.
+pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()> {
+    let store = Store::open(&config.state_dir)?;
+    let _lock = store.lock()?;
+    let ca = Arc::new(store.ca(&config.trust_domain, SystemTime::now())?);
+    let directory = Live::new(file::load(&config.directory.file, &config.trust_domain)?);
+    let watching = tokio::spawn(file::watch(
+        config.directory.file.clone(),
+        config.trust_domain.clone(),
+        Arc::clone(&directory),
+    ));
+    let counters = Arc::new(Counters::new()?);
+    let bundle = watch::Sender::new(Arc::new(ca.bundle().clone()));
+    let listener = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {} (listen)", config.listen))?;
+    let admin = tokio::net::TcpListener::bind(config.admin)
+        .await
+        .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
+    let page = Arc::clone(&counters);
+    let admin = tokio::spawn(crate::admin::serve_page(admin, move |path| page.page(path)));
+    tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
+    let service =
+        Service::new(Arc::clone(&ca), store, directory, config.svid_lifetime, Arc::clone(&counters), bundle);
+    let outcome = serve::serve(listener, service, ca, counters, stop).await;
+    watching.abort();
+    admin.abort();
+    outcome
+}

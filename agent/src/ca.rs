@@ -1,1 +1,277 @@
-//! (being written)
+//! Signs X.509-SVIDs: a public key and an identity in, a certificate out.
+//!
+//! It never listens, dials, reads a clock it was not given, or copies a field from a CSR other than
+//! the public key: who gets which identity is decided before, by whoever calls.
+
+pub mod store;
+
+use std::time::{Duration, SystemTime};
+
+use aws_lc_rs::rand;
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use x509_parser::prelude::{FromDer, X509Certificate, X509CertificationRequest};
+
+use crate::identity::bundle::{BundleError, TrustBundle};
+use crate::identity::{SpiffeId, TrustDomain};
+
+/// Certificates begin this much before they are issued, so that a node whose clock is a little
+/// behind accepts them.
+pub const BACKDATED: Duration = Duration::from_secs(60);
+/// How long a root made by us is valid.
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// A CSR with a P-384 key is a tenth of this.
+pub const MAX_CSR_BYTES: usize = 8 * 1024;
+
+/// Why nothing was signed.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// The CSR is not PKCS#10, or not signed by its own key.
+    #[error("the CSR is not usable: {0}")]
+    Csr(String),
+    /// A kind of key that is not accepted.
+    #[error("the CSR's key is of a kind that is not accepted; use P-256, P-384 or Ed25519")]
+    KeyKind,
+    /// The root or its key cannot be used.
+    #[error("the CA's certificate or key cannot be used: {0}")]
+    Material(String),
+    /// The identity is of another trust domain.
+    #[error("{id} is not in this authority's trust domain {domain}")]
+    TrustDomain {
+        /// What was asked for.
+        id: SpiffeId,
+        /// What this authority speaks for.
+        domain: TrustDomain,
+    },
+    /// The root itself has expired, or is about to.
+    #[error("the CA's own certificate does not outlive what was asked for")]
+    Expired,
+    /// The root is no usable trust anchor.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+}
+
+/// A public key whose owner has proven to hold the private one.
+#[derive(Debug)]
+pub struct ProvenKey(SubjectPublicKeyInfo);
+
+impl ProvenKey {
+    /// Takes the public key out of a DER PKCS#10 request (RFC 2986), after verifying its signature.
+    ///
+    /// # Errors
+    /// When it is too large, malformed, not signed by its own key, or of another kind of key.
+    pub fn from_csr(der: &[u8]) -> Result<Self, CaError> {
+        if der.len() > MAX_CSR_BYTES {
+            return Err(CaError::Csr("it is too large".into()));
+        }
+        let (rest, csr) = X509CertificationRequest::from_der(der).map_err(|e| CaError::Csr(e.to_string()))?;
+        if !rest.is_empty() {
+            return Err(CaError::Csr("bytes follow it".into()));
+        }
+        let key = SubjectPublicKeyInfo::from_der(csr.certification_request_info.subject_pki.raw)
+            .map_err(|e| CaError::Csr(e.to_string()))?;
+        let accepted = [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
+        if !accepted.contains(&key.algorithm()) {
+            return Err(CaError::KeyKind);
+        }
+        // The dear part last.
+        csr.verify_signature().map_err(|_| CaError::Csr("it is not signed by its own key".into()))?;
+        Ok(Self(key))
+    }
+}
+
+/// A certificate authority for one trust domain.
+#[derive(Debug)]
+pub struct Ca {
+    domain: TrustDomain,
+    issuer: Issuer<'static, KeyPair>,
+    bundle: TrustBundle,
+    not_after: SystemTime,
+}
+
+/// A new root, as it is stored: certificate and key in one PEM text, so that they cannot part.
+pub fn create_root(domain: &TrustDomain, now: SystemTime) -> Result<String, CaError> {
+    let material = |e: rcgen::Error| CaError::Material(e.to_string());
+    let key = KeyPair::generate().map_err(material)?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, "Hauberk");
+    params.distinguished_name.push(DnType::CommonName, format!("{domain} root"));
+    // X509-SVID, section 4: a signing certificate may carry the trust domain's own ID.
+    let uri = format!("spiffe://{domain}").try_into().map_err(material)?;
+    params.subject_alt_names = vec![SanType::URI(uri)];
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.not_before = (now - BACKDATED).into();
+    params.not_after = (now + ROOT_LIFETIME).into();
+    params.serial_number = Some(serial()?);
+    let certificate = params.self_signed(&key).map_err(material)?;
+    Ok(format!("{}{}", certificate.pem(), key.serialize_pem()))
+}
+
+impl Ca {
+    /// Reads what [`create_root`] made.
+    ///
+    /// # Errors
+    /// When certificate or key are missing, malformed, or do not belong together.
+    pub fn from_pem(domain: TrustDomain, pem: &str) -> Result<Self, CaError> {
+        let material = |e: String| CaError::Material(e);
+        let root = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| material(e.to_string()))?;
+        let key = KeyPair::from_pem(pem).map_err(|e| material(e.to_string()))?;
+        let (_, parsed) = X509Certificate::from_der(&root).map_err(|e| material(e.to_string()))?;
+        if parsed.public_key().raw != key.subject_public_key_info() {
+            return Err(material("the key does not belong to the certificate".into()));
+        }
+        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
+        let not_after = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let bundle = TrustBundle::new(domain.clone(), vec![root.clone()])?;
+        let issuer = Issuer::from_ca_cert_der(&root, key).map_err(|e| material(e.to_string()))?;
+        Ok(Self { domain, issuer, bundle, not_after })
+    }
+
+    /// The trust bundle that verifies what this authority signs.
+    pub fn bundle(&self) -> &TrustBundle {
+        &self.bundle
+    }
+
+    /// The trust domain it speaks for.
+    pub fn domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// Signs an X.509-SVID (X509-SVID, sections 2 to 4); returns the chain, leaf first.
+    ///
+    /// # Errors
+    /// When the identity is of another trust domain, or the CA's certificate would expire before.
+    pub fn issue(
+        &self,
+        key: &ProvenKey,
+        id: &SpiffeId,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        if id.trust_domain() != self.domain.as_str() {
+            return Err(CaError::TrustDomain { id: id.clone(), domain: self.domain.clone() });
+        }
+        let not_after = now + lifetime;
+        if not_after > self.not_after {
+            return Err(CaError::Expired);
+        }
+        let material = |e: rcgen::Error| CaError::Material(e.to_string());
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        let uri = id.as_str().try_into().map_err(material)?;
+        params.subject_alt_names = vec![SanType::URI(uri)];
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        params.not_before = (now - BACKDATED).into();
+        params.not_after = not_after.into();
+        params.serial_number = Some(serial()?);
+        let leaf = params.signed_by(&key.0, &self.issuer).map_err(material)?;
+        Ok(vec![leaf.der().clone()])
+    }
+}
+
+/// 127 random bits: positive, and never twice (RFC 5280, section 4.1.2.2).
+fn serial() -> Result<SerialNumber, CaError> {
+    let mut bytes = [0; 16];
+    rand::fill(&mut bytes).map_err(|_| CaError::Material("no randomness".into()))?;
+    bytes[0] = bytes[0] & 0x7f | 0x40;
+    Ok(SerialNumber::from_slice(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::CertificateParams;
+
+    use super::*;
+    use crate::identity::svid::Leaf;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn domain() -> TrustDomain {
+        TrustDomain::parse("td.test").unwrap()
+    }
+
+    fn ca(now: SystemTime) -> Ca {
+        Ca::from_pem(domain(), &create_root(&domain(), now).unwrap()).unwrap()
+    }
+
+    fn csr(params: CertificateParams) -> Vec<u8> {
+        let key = KeyPair::generate().unwrap();
+        params.serialize_request(&key).unwrap().der().to_vec()
+    }
+
+    #[test]
+    fn a_csr_that_asks_for_more_gets_its_key_signed_and_nothing_else() {
+        let now = SystemTime::now();
+        let mut greedy = CertificateParams::new(vec!["evil.example".to_owned()]).unwrap();
+        greedy.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        greedy.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = ProvenKey::from_csr(&csr(greedy)).unwrap();
+        let id = SpiffeId::workload(&domain(), "a", "b").unwrap();
+        let chain = ca(now).issue(&key, &id, HOUR, now).unwrap();
+        let leaf = Leaf::from_der(&chain[0]).unwrap();
+        assert_eq!(leaf.id, id);
+        let (_, parsed) = X509Certificate::from_der(&chain[0]).unwrap();
+        assert!(!parsed.is_ca());
+        let names = parsed.subject_alternative_name().unwrap().unwrap();
+        assert_eq!(names.value.general_names.len(), 1);
+        assert!(names.critical, "RFC 5280: critical when the subject is empty");
+        let usage = parsed.key_usage().unwrap().unwrap().value;
+        assert!(usage.digital_signature() && !usage.key_cert_sign());
+    }
+
+    #[test]
+    fn a_tampered_csr_is_refused() {
+        let mut der = csr(CertificateParams::default());
+        let last = der.len() - 1;
+        der[last] ^= 1;
+        assert!(matches!(ProvenKey::from_csr(&der), Err(CaError::Csr(_))));
+    }
+
+    #[test]
+    fn serials_differ_for_the_same_key_and_validity_is_bounded() {
+        let now = SystemTime::now();
+        let ca = ca(now);
+        let key = ProvenKey::from_csr(&csr(CertificateParams::default())).unwrap();
+        let id = SpiffeId::node(&domain(), "n").unwrap();
+        let [a, b] = [0, 1].map(|_| Leaf::from_der(&ca.issue(&key, &id, HOUR, now).unwrap()[0]).unwrap());
+        assert_ne!(a.serial, b.serial);
+        assert!(a.not_before <= now && a.not_after <= now + HOUR && a.not_after > now + HOUR / 2);
+        assert!(matches!(ca.issue(&key, &id, ROOT_LIFETIME * 2, now), Err(CaError::Expired)));
+    }
+
+    #[test]
+    fn another_trust_domain_is_refused() {
+        let now = SystemTime::now();
+        let key = ProvenKey::from_csr(&csr(CertificateParams::default())).unwrap();
+        let id = SpiffeId::parse("spiffe://other/x").unwrap();
+        assert!(matches!(ca(now).issue(&key, &id, HOUR, now), Err(CaError::TrustDomain { .. })));
+    }
+
+    #[test]
+    fn a_root_with_another_key_is_refused() {
+        let now = SystemTime::now();
+        let one = create_root(&domain(), now).unwrap();
+        let other = create_root(&domain(), now).unwrap();
+        let split = one.find("-----BEGIN PRIVATE KEY").unwrap();
+        let key_at = other.find("-----BEGIN PRIVATE KEY").unwrap();
+        let mixed = format!("{}{}", &one[..split], &other[key_at..]);
+        assert!(matches!(Ca::from_pem(domain(), &mixed), Err(CaError::Material(_))));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_csr_reader_panic(bytes: Vec<u8>) {
+            let _ = ProvenKey::from_csr(&bytes);
+        }
+    }
+}

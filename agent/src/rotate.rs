@@ -1,1 +1,298 @@
-//! (being written)
+//! Keeps every SVID fresh: when to renew (pure, time is an argument), and the task that does it.
+//!
+//! Renewal begins at half of an SVID's life, give or take a tenth so that a fleet does not ask at
+//! once, and so always before two thirds. A failed renewal keeps what is held and tries again, more
+//! often the less life is left. Every renewal has a new key.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::identity::SpiffeId;
+use crate::identity::svid::X509Svid;
+use crate::issue::keep::Keep;
+use crate::issue::{IssueError, Issuer, Keypair};
+use crate::trust::Trust;
+
+/// Requests under way at once: a node with many identities shall not crowd out the others.
+const CONCURRENT: usize = 8;
+/// The longest sleep. Short, because the clock may jump.
+const LONGEST_SLEEP: Duration = Duration::from_secs(5);
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(150);
+
+/// How one identity's SVID stands.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    /// End of validity of the SVID that is held.
+    pub not_after: Option<SystemTime>,
+    /// When it is renewed, or tried again.
+    pub next: SystemTime,
+    /// Failures in a row.
+    pub failures: u32,
+    /// Why the last try failed.
+    pub last_error: Option<String>,
+}
+
+/// How all of them stand.
+#[derive(Debug, Default)]
+pub struct Status(Mutex<HashMap<SpiffeId, Standing>>);
+
+impl Status {
+    /// The state as of now.
+    pub fn now(&self) -> HashMap<SpiffeId, Standing> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SpiffeId, Standing>> {
+        // Entries are whole at every instant.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// When an SVID that was obtained at `obtained` is renewed; `chance` is between 0 and 1.
+fn renewal(obtained: SystemTime, not_after: SystemTime, chance: f64) -> SystemTime {
+    let life = not_after.duration_since(obtained).unwrap_or_default();
+    obtained + life.mul_f64(0.45 + 0.1 * chance.clamp(0.0, 1.0))
+}
+
+/// How long to wait after `failures` in a row, with `left` of the held SVID's life.
+fn backoff(failures: u32, left: Option<Duration>, asked: Option<Duration>) -> Duration {
+    let doubled = FIRST_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(10));
+    let wanted = doubled.min(LONGEST_BACKOFF).max(asked.unwrap_or_default());
+    match left {
+        // However long the issuer wants us to wait, four more tries fit into what is left.
+        Some(left) => wanted.min(left / 4).max(FIRST_BACKOFF / 2),
+        None => wanted,
+    }
+}
+
+/// Keeps SVIDs fresh.
+#[derive(Debug)]
+pub struct Rotator {
+    trust: Arc<Trust>,
+    issuer: Arc<dyn Issuer>,
+    node: SpiffeId,
+    keep: Keep,
+    status: Arc<Status>,
+}
+
+type Renewed = (SpiffeId, Result<(X509Svid, Keypair), IssueError>);
+
+impl Rotator {
+    /// For the node's own identity and the identities of its workloads.
+    pub fn new(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: SpiffeId, keep: Keep) -> Self {
+        if let Some(svid) = keep.load(&node, SystemTime::now()) {
+            tracing::info!(id = %node, "took up the node's SVID from before the restart");
+            trust.insert(svid);
+        }
+        Self { trust, issuer, node, keep, status: Arc::default() }
+    }
+
+    /// How the SVIDs stand.
+    pub fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.status)
+    }
+
+    /// Runs for ever: obtains, renews and forgets SVIDs as `wanted` changes.
+    pub async fn run(self, mut wanted: watch::Receiver<Vec<SpiffeId>>) {
+        let mut under_way: JoinSet<Renewed> = JoinSet::new();
+        let mut asking: HashMap<SpiffeId, ()> = HashMap::new();
+        loop {
+            let identities = self.identities(&wanted.borrow_and_update());
+            self.forget(&identities);
+            let now = SystemTime::now();
+            let sleep = self.ask_for_due(&identities, now, &mut under_way, &mut asking);
+            tokio::select! {
+                Some(renewed) = under_way.join_next(), if !under_way.is_empty() => {
+                    // A task that panicked was reported by the panic hook; its identity is due again.
+                    match renewed {
+                        Ok((id, outcome)) => {
+                            asking.remove(&id);
+                            self.take(id, outcome, SystemTime::now());
+                        }
+                        Err(_) => asking.clear(),
+                    }
+                }
+                changed = wanted.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                () = tokio::time::sleep(sleep) => {}
+            }
+        }
+    }
+
+    /// The node first: nothing else is issued without it.
+    fn identities(&self, wanted: &[SpiffeId]) -> Vec<SpiffeId> {
+        let mut identities = vec![self.node.clone()];
+        identities.extend(wanted.iter().filter(|id| **id != self.node).cloned());
+        identities
+    }
+
+    fn forget(&self, identities: &[SpiffeId]) {
+        self.trust.retain(|id| identities.contains(id));
+        self.status.lock().retain(|id, _| identities.contains(id));
+    }
+
+    /// Starts what is due, the one nearest its end first; says how long nothing will be.
+    fn ask_for_due(
+        &self,
+        identities: &[SpiffeId],
+        now: SystemTime,
+        under_way: &mut JoinSet<Renewed>,
+        asking: &mut HashMap<SpiffeId, ()>,
+    ) -> Duration {
+        let held = self.trust.snapshot();
+        let attested = held.svids.get(&self.node).is_some_and(|svid| svid.leaf().not_after > now);
+        let mut due: Vec<(Option<SystemTime>, SpiffeId)> = Vec::new();
+        let mut sleep = LONGEST_SLEEP;
+        {
+            let mut status = self.status.lock();
+            for id in identities.iter().filter(|id| !asking.contains_key(*id)) {
+                let not_after = held.svids.get(id).map(|svid| svid.leaf().not_after);
+                let standing = status.entry(id.clone()).or_insert_with(|| Standing {
+                    not_after,
+                    // What is held was obtained before a restart: its age is not known, so renew soon.
+                    next: not_after.map_or(now, |end| renewal(now, end, fastrand::f64())),
+                    failures: 0,
+                    last_error: None,
+                });
+                // A clock that was set back must not put a renewal off by as much.
+                let overdue = not_after.is_some_and(|end| end <= now);
+                match standing.next.duration_since(now) {
+                    Ok(wait) if !wait.is_zero() && !overdue => sleep = sleep.min(wait),
+                    _ if attested || *id == self.node => due.push((not_after, id.clone())),
+                    _ => sleep = sleep.min(FIRST_BACKOFF),
+                }
+            }
+        }
+        // Nothing held at all (`None`) sorts first.
+        due.sort();
+        let room = CONCURRENT.saturating_sub(under_way.len());
+        for (_, id) in due.into_iter().take(room) {
+            asking.insert(id.clone(), ());
+            under_way.spawn(renew(Arc::clone(&self.issuer), Arc::clone(&self.trust), id));
+        }
+        sleep.max(Duration::from_millis(10))
+    }
+
+    fn take(&self, id: SpiffeId, outcome: Result<(X509Svid, Keypair), IssueError>, now: SystemTime) {
+        let held = self.trust.svid(&id).map(|svid| svid.leaf().not_after);
+        let mut status = self.status.lock();
+        let Some(standing) = status.get_mut(&id) else { return };
+        match outcome {
+            Ok((svid, key)) => {
+                let not_after = svid.leaf().not_after;
+                tracing::info!(%id, serial = svid.leaf().serial, renewed = held.is_some(), "SVID issued");
+                if id == self.node
+                    && let Err(error) = self.keep.save(&svid, &key)
+                {
+                    tracing::warn!(%error, "cannot keep the node's SVID; a restarted agent needs a new join token");
+                }
+                *standing = Standing {
+                    not_after: Some(not_after),
+                    next: renewal(now, not_after, fastrand::f64()),
+                    failures: 0,
+                    last_error: None,
+                };
+                drop(status);
+                self.trust.insert(svid);
+            }
+            Err(error) => {
+                let asked = match &error {
+                    IssueError::Refused { retry_after, .. } => *retry_after,
+                    _ => None,
+                };
+                standing.failures += 1;
+                let left = held.map(|end| end.duration_since(now).unwrap_or_default());
+                standing.next = now + backoff(standing.failures, left, asked);
+                tracing::warn!(%id, %error, failures = standing.failures, "no SVID issued; keeping what is held and trying again");
+                standing.last_error = Some(error.to_string());
+            }
+        }
+    }
+}
+
+/// Asks for one SVID with a new key.
+async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Renewed {
+    let outcome = async {
+        let key = Keypair::generate()?;
+        let issued = issuer.issue(&id, &key.csr()?).await?;
+        let unusable = |detail: String| IssueError::Unusable { issuer: "the issuer".into(), detail };
+        let svid = key.with_chain(issued.chain).map_err(|e| unusable(e.to_string()))?;
+        if *svid.id() != id {
+            return Err(unusable(format!("asked for {id}, was issued {}", svid.id())));
+        }
+        // The roots must be trusted before the SVID that needs them is used.
+        trust.set_bundle(issued.bundle);
+        Ok((svid, key))
+    };
+    let outcome = outcome.await;
+    (id, outcome)
+}
+
+/// Runs for ever: takes new trust bundles into use as the issuer sends them.
+pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: SpiffeId) {
+    let mut changes = trust.subscribe();
+    let mut failures = 0;
+    loop {
+        if trust.svid(&node).is_none() {
+            // The issuer speaks to attested nodes only.
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        match issuer.next_bundle().await {
+            Ok(bundle) => {
+                failures = 0;
+                trust.set_bundle(bundle);
+            }
+            Err(error) => {
+                failures += 1;
+                tracing::debug!(%error, "the trust bundle's stream ended");
+                tokio::time::sleep(backoff(failures, None, None)).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn renewal_is_around_half_and_always_before_two_thirds(life in 10u64..1_000_000, chance in 0.0f64..=1.0) {
+            let obtained = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+            let life = Duration::from_secs(life);
+            let wait = renewal(obtained, obtained + life, chance).duration_since(obtained).unwrap();
+            prop_assert!(wait >= life.mul_f64(0.44) && wait < life.mul_f64(0.56));
+        }
+
+        #[test]
+        fn backoff_grows_to_a_bound_and_never_eats_what_is_left(
+            failures in 1u32..10_000, left in 4u64..100_000, asked in proptest::option::of(0u64..10_000)
+        ) {
+            let left = Duration::from_secs(left);
+            let asked = asked.map(Duration::from_secs);
+            let wait = backoff(failures, Some(left), asked);
+            prop_assert!(wait <= (left / 4).max(FIRST_BACKOFF / 2));
+            prop_assert!(backoff(failures, None, None) <= LONGEST_BACKOFF);
+            prop_assert!(backoff(failures, None, None) >= FIRST_BACKOFF);
+        }
+    }
+
+    #[test]
+    fn an_expired_svid_is_renewed_at_once() {
+        let now = SystemTime::now();
+        assert_eq!(renewal(now, now - Duration::from_secs(5), 0.5), now);
+    }
+}

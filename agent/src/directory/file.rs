@@ -1,1 +1,277 @@
-//! (being written)
+//! The directory from a YAML file, read again whenever it changes.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{Directory, Live, Mode, Service, Workload};
+use crate::config::{ConfigError, read_yaml};
+use crate::identity::{SpiffeId, TrustDomain};
+
+/// How often the file is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Document {
+    #[serde(default)]
+    workloads: Vec<WorkloadEntry>,
+    #[serde(default)]
+    services: Vec<ServiceEntry>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WorkloadEntry {
+    name: String,
+    #[serde(default = "default_namespace")]
+    namespace: String,
+    #[serde(default = "default_namespace")]
+    service_account: String,
+    node: String,
+    addresses: Vec<IpAddr>,
+    #[serde(default)]
+    mode: Mode,
+    netns: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct ServiceEntry {
+    name: String,
+    #[serde(default = "default_namespace")]
+    namespace: String,
+    addresses: Vec<IpAddr>,
+    ports: Vec<PortEntry>,
+    /// `namespace/name` of workloads.
+    endpoints: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct PortEntry {
+    port: u16,
+    target_port: u16,
+}
+
+/// Kubernetes' own default for both.
+fn default_namespace() -> String {
+    "default".into()
+}
+
+/// Reads the file.
+///
+/// # Errors
+/// One line that names the file, the entry and what is wrong with it.
+pub fn load(path: &Path, domain: &TrustDomain) -> Result<Directory, ConfigError> {
+    let document: Document = read_yaml(path)?;
+    build(document, domain).map_err(|(field, message)| ConfigError::Invalid {
+        path: path.into(),
+        field,
+        message,
+    })
+}
+
+/// Where in the document, and what is wrong there.
+type Fault = (String, String);
+
+fn build(document: Document, domain: &TrustDomain) -> Result<Directory, Fault> {
+    let mut taken: HashSet<IpAddr> = HashSet::new();
+    let mut workloads: HashMap<String, Arc<Workload>> = HashMap::new();
+    let mut ordered = Vec::new();
+    for (index, entry) in document.workloads.into_iter().enumerate() {
+        let at = |field: &str| format!("workloads[{index}] ({}/{}).{field}", entry.namespace, entry.name);
+        let addresses = addresses(&entry.addresses, &mut taken).map_err(|e| (at("addresses"), e))?;
+        for family in [true, false] {
+            if addresses.iter().filter(|a| a.is_ipv4() == family).count() > 1 {
+                return Err((at("addresses"), "at most one IPv4 and one IPv6 address".into()));
+            }
+        }
+        let id = SpiffeId::workload(domain, &entry.namespace, &entry.service_account)
+            .map_err(|e| (at("namespace, serviceAccount"), e.to_string()))?;
+        if entry.name.is_empty() || entry.name.contains('/') || entry.namespace.contains('/') {
+            return Err((at("name"), "must not be empty or contain '/'".into()));
+        }
+        if entry.node.is_empty() {
+            return Err((at("node"), "must name the node it runs on".into()));
+        }
+        let key = format!("{}/{}", entry.namespace, entry.name);
+        let duplicate = at("name");
+        let workload = Arc::new(Workload {
+            name: entry.name,
+            namespace: entry.namespace,
+            id,
+            node: entry.node,
+            addresses,
+            mode: entry.mode,
+            netns: entry.netns,
+        });
+        ordered.push(Arc::clone(&workload));
+        if workloads.insert(key, workload).is_some() {
+            return Err((duplicate, "another workload has this namespace and name".into()));
+        }
+    }
+    let services = document
+        .services
+        .into_iter()
+        .enumerate()
+        .map(|(index, entry)| service(index, entry, &workloads, &mut taken))
+        .collect::<Result<Vec<_>, Fault>>()?;
+    Ok(Directory::new(ordered, services))
+}
+
+fn service(
+    index: usize,
+    entry: ServiceEntry,
+    workloads: &HashMap<String, Arc<Workload>>,
+    taken: &mut HashSet<IpAddr>,
+) -> Result<Arc<Service>, Fault> {
+    let at = |field: &str| format!("services[{index}] ({}/{}).{field}", entry.namespace, entry.name);
+    let mut ports = HashMap::new();
+    for port in &entry.ports {
+        if port.port == 0 || port.target_port == 0 {
+            return Err((at("ports"), "a port must not be 0".into()));
+        }
+        if ports.insert(port.port, port.target_port).is_some() {
+            return Err((at("ports"), format!("port {} is given twice", port.port)));
+        }
+    }
+    let endpoints = entry
+        .endpoints
+        .iter()
+        .map(|name| {
+            workloads.get(name).map(Arc::clone).ok_or_else(|| {
+                (at("endpoints"), format!("no workload is called {name} (write namespace/name)"))
+            })
+        })
+        .collect::<Result<_, Fault>>()?;
+    let addresses = addresses(&entry.addresses, taken).map_err(|e| (at("addresses"), e))?;
+    Ok(Arc::new(Service { name: entry.name, namespace: entry.namespace, addresses, ports, endpoints }))
+}
+
+/// Checks addresses, and that nobody else has them.
+fn addresses(listed: &[IpAddr], taken: &mut HashSet<IpAddr>) -> Result<Vec<IpAddr>, String> {
+    if listed.is_empty() {
+        return Err("at least one address is needed".into());
+    }
+    let mut addresses = Vec::new();
+    for address in listed {
+        let address = address.to_canonical();
+        if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
+            return Err(format!("{address} cannot be a workload's or service's address"));
+        }
+        if !taken.insert(address) {
+            return Err(format!("{address} is given twice"));
+        }
+        addresses.push(address);
+    }
+    Ok(addresses)
+}
+
+/// Tells one state of a file from another. Follows symbolic links, so that a ConfigMap's swap shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    inode: u64,
+    length: u64,
+    changed: (i64, i64),
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some(Stamp { inode: meta.ino(), length: meta.len(), changed: (meta.mtime(), meta.mtime_nsec()) })
+}
+
+/// Runs for ever: reads the file again when it changes. A bad file changes nothing, and is said once.
+pub async fn watch(path: PathBuf, domain: TrustDomain, live: Arc<Live>) {
+    // Unknown at first: what changed between the first load and now is read again.
+    let mut seen = None;
+    loop {
+        let now = stamp(&path);
+        if now.is_some() && now != seen {
+            let (file, of) = (path.clone(), domain.clone());
+            // Reading may wait for a disk.
+            match tokio::task::spawn_blocking(move || load(&file, &of)).await {
+                Ok(Ok(directory)) => {
+                    tracing::info!(file = %path.display(), workloads = directory.workloads().len(), "directory read");
+                    live.replace(directory);
+                }
+                Ok(Err(error)) => tracing::error!(%error, "the directory stays as it was"),
+                Err(error) => tracing::error!(%error, "the directory could not be read"),
+            }
+        }
+        if now.is_none() && seen.is_some() {
+            tracing::error!(file = %path.display(), "the directory's file is gone; the directory stays as it was");
+        }
+        seen = now;
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Directory, String> {
+        let document: Document = serde_yaml::from_str(text).map_err(|e| e.to_string())?;
+        build(document, &TrustDomain::parse("td.test").unwrap()).map_err(|(at, what)| format!("{at}: {what}"))
+    }
+
+    const TWO: &str = "
+workloads:
+  - {name: a, namespace: shop, serviceAccount: web, node: n1, addresses: [10.1.0.2, 'fd00::2']}
+  - {name: b, namespace: shop, serviceAccount: db, node: n2, addresses: [10.2.0.2], mode: permissive}
+";
+
+    #[test]
+    fn a_good_file_resolves_workloads_and_services() {
+        let text = format!(
+            "{TWO}services:\n  - {{name: db, namespace: shop, addresses: [10.96.0.1], ports: [{{port: 80, targetPort: 8080}}], endpoints: [shop/b]}}"
+        );
+        let directory = parse(&text).unwrap();
+        let to = |address: &str| directory.resolve(address.parse().unwrap(), 0);
+        assert_eq!(to("10.96.0.1:80").unwrap().address, "10.2.0.2:8080".parse().unwrap());
+        assert_eq!(to("[::ffff:10.1.0.2]:5").unwrap().workload.id.path(), "/ns/shop/sa/web");
+        assert_eq!(to("10.96.0.1:81"), Err(super::super::ResolveError::UnknownPort));
+        assert_eq!(to("10.9.9.9:1"), Err(super::super::ResolveError::UnknownAddress));
+        assert_eq!(directory.mesh_addresses().count(), 4);
+        assert!(directory.places(&to("10.1.0.2:1").unwrap().workload.id, "n1"));
+    }
+
+    #[test]
+    fn each_fault_names_its_place() {
+        for (text, place) in [
+            ("workloads: [{name: a, node: n, addresses: []}]", "workloads[0] (default/a).addresses"),
+            ("workloads: [{name: a, node: n, addresses: [127.0.0.1]}]", "127.0.0.1"),
+            ("workloads: [{name: a, node: n, addresses: [10.0.0.1, 10.0.0.2]}]", "at most one IPv4"),
+            ("workloads: [{name: a, node: n, addresses: [10.0.0.1, '::ffff:10.0.0.1']}]", "given twice"),
+            (
+                "workloads: [{name: a, node: n, addresses: [10.0.0.1], serviceAccount: 'a b'}]",
+                "serviceAccount",
+            ),
+            ("workloads: [{name: a, nod: n, addresses: [10.0.0.1]}]", "nod"),
+            (
+                "services: [{name: s, addresses: [10.0.0.1], ports: [], endpoints: [x/y]}]",
+                "services[0] (default/s).endpoints",
+            ),
+            (
+                "services: [{name: s, addresses: [10.0.0.1], ports: [{port: 0, targetPort: 1}], endpoints: []}]",
+                "ports",
+            ),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.contains(place), "{text}: {error}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_makes_it_panic(text in "[a-z:\\[\\]{} ,\n0-9.-]{0,80}") {
+            let _ = parse(&text);
+        }
+    }
+}

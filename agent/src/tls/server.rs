@@ -17,7 +17,21 @@ use crate::identity::svid::X509Svid;
 /// # Errors
 /// When the bundle's roots are unusable.
 pub fn config(svid: &X509Svid, bundle: &TrustBundle) -> Result<Arc<ServerConfig>, Error> {
-    let verifier = PeerVerifier::new(bundle, None)?;
+    build(svid, PeerVerifier::new(bundle, None)?)
+}
+
+/// Accepts clients that prove themselves, and clients without a certificate as nobody.
+///
+/// # Errors
+/// When the bundle's roots are unusable.
+pub fn config_with_anonymous_clients(
+    svid: &X509Svid,
+    bundle: &TrustBundle,
+) -> Result<Arc<ServerConfig>, Error> {
+    build(svid, PeerVerifier::with_anonymous_clients(bundle)?)
+}
+
+fn build(svid: &X509Svid, verifier: Arc<PeerVerifier>) -> Result<Arc<ServerConfig>, Error> {
     let identity = SingleCertAndKey::from(Arc::clone(svid.certified_key()));
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?

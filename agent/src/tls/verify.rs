@@ -51,6 +51,8 @@ pub struct PeerVerifier {
     domain: TrustDomain,
     /// The only identity accepted; `None` accepts any of the trust domain.
     expected: Option<SpiffeId>,
+    /// Whether a client without a certificate is let in, as nobody.
+    anonymous_clients: bool,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -60,9 +62,26 @@ impl PeerVerifier {
     /// # Errors
     /// When a root of the bundle is unusable; see [`TrustBundle::anchors`].
     pub fn new(bundle: &TrustBundle, expected: Option<SpiffeId>) -> Result<Arc<Self>, Error> {
+        Ok(Arc::new(Self::build(bundle, expected, false)?))
+    }
+
+    /// Accepts clients of the trust domain, and clients without a certificate: a node that joins has
+    /// none yet. What they may ask is decided by whoever serves them.
+    ///
+    /// # Errors
+    /// When a root of the bundle is unusable; see [`TrustBundle::anchors`].
+    pub fn with_anonymous_clients(bundle: &TrustBundle) -> Result<Arc<Self>, Error> {
+        Ok(Arc::new(Self::build(bundle, None, true)?))
+    }
+
+    fn build(
+        bundle: &TrustBundle,
+        expected: Option<SpiffeId>,
+        anonymous_clients: bool,
+    ) -> Result<Self, Error> {
         let roots = bundle.anchors().map_err(|e| Error::General(e.to_string()))?;
         let algorithms = provider().signature_verification_algorithms;
-        Ok(Arc::new(Self { roots, domain: bundle.domain().clone(), expected, algorithms }))
+        Ok(Self { roots, domain: bundle.domain().clone(), expected, anonymous_clients, algorithms })
     }
 
     /// Chain, then identity (X509-SVID, section 5.1).
@@ -148,6 +167,10 @@ impl ClientCertVerifier for PeerVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         // A hint would tell strangers our roots' names and make every handshake larger.
         &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        !self.anonymous_clients
     }
 
     fn verify_client_cert(

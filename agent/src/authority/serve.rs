@@ -1,0 +1,192 @@
+//! The authority's listener: TLS with a deadline, the peer's identity, then gRPC.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Result;
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+use tower::ServiceBuilder;
+
+use super::proto::authority_server::AuthorityServer;
+use super::service::{Counters, Service};
+use crate::ca::{Ca, MAX_CSR_BYTES, ProvenKey};
+use crate::identity::SpiffeId;
+use crate::identity::svid::{Leaf, X509Svid};
+use crate::issue::Keypair;
+use crate::tls;
+
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Peers in a handshake at once: what an unauthenticated crowd can make the authority compute.
+const MAX_HANDSHAKES: usize = 64;
+/// Requests worked on at once, over all connections.
+const MAX_REQUESTS: usize = 256;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The authority's own SVID; it signs it itself, so it can be short.
+const OWN_LIFETIME: Duration = Duration::from_secs(3600);
+
+/// Serves until `stop`, then lets open requests finish.
+pub(super) async fn serve(
+    listener: TcpListener,
+    service: Service,
+    ca: Arc<Ca>,
+    counters: Arc<Counters>,
+    stop: CancellationToken,
+) -> Result<()> {
+    let (accepted, incoming) = mpsc::channel::<io::Result<Authenticated>>(16);
+    let own = Arc::new(OwnIdentity::new(ca)?);
+    let accepting = tokio::spawn(accept(listener, own, accepted, counters));
+    // Load is shed before it is computed: an agent that is told to come back comes back.
+    let layers = ServiceBuilder::new().load_shed().concurrency_limit(MAX_REQUESTS).into_inner();
+    let service = AuthorityServer::new(service).max_decoding_message_size(2 * MAX_CSR_BYTES);
+    let served = Server::builder()
+        .timeout(REQUEST_TIMEOUT)
+        .max_concurrent_streams(256)
+        .http2_max_header_list_size(8 * 1024)
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .layer(layers)
+        .add_service(service)
+        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
+        .await;
+    accepting.abort();
+    Ok(served?)
+}
+
+async fn accept(
+    listener: TcpListener,
+    own: Arc<OwnIdentity>,
+    accepted: mpsc::Sender<io::Result<Authenticated>>,
+    counters: Arc<Counters>,
+) {
+    let permits = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    loop {
+        // Never closed, so this always gives one in the end.
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let (tcp, address) = match listener.accept().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (own, accepted, counters) = (Arc::clone(&own), accepted.clone(), Arc::clone(&counters));
+        tokio::spawn(async move {
+            let shaken = timeout(HANDSHAKE_TIMEOUT, authenticate(&own, tcp, address)).await;
+            drop(permit);
+            match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                // The receiver is gone only when the authority is stopping.
+                Ok(authenticated) => drop(accepted.send(Ok(authenticated)).await),
+                Err(error) => {
+                    let reason = tls::reason(&error);
+                    counters.refused(reason.as_str());
+                    tracing::warn!(peer = %address, reason = reason.as_str(), %error, "TLS handshake failed");
+                }
+            }
+        });
+    }
+}
+
+async fn authenticate(own: &OwnIdentity, tcp: TcpStream, address: SocketAddr) -> io::Result<Authenticated> {
+    tcp.set_nodelay(true)?;
+    let config = own.config(SystemTime::now()).map_err(io::Error::other)?;
+    let io = TlsAcceptor::from(config).accept(tcp).await?;
+    let leaf = io.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let id = match leaf {
+        Some(leaf) => Some(Leaf::from_der(leaf).map_err(io::Error::other)?.id),
+        None => None,
+    };
+    Ok(Authenticated { io, peer: PeerInfo { id, address } })
+}
+
+/// The authority's own SVID, made anew at half of its life.
+struct OwnIdentity {
+    ca: Arc<Ca>,
+    now: Mutex<Option<(SystemTime, Arc<ServerConfig>)>>,
+}
+
+impl OwnIdentity {
+    fn new(ca: Arc<Ca>) -> Result<Self> {
+        let own = Self { ca, now: Mutex::new(None) };
+        own.config(SystemTime::now())?;
+        Ok(own)
+    }
+
+    fn config(&self, now: SystemTime) -> Result<Arc<ServerConfig>> {
+        // Replaced whole, so a panic elsewhere leaves a good one.
+        let mut held = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((made, config)) = held.as_ref()
+            && now.duration_since(*made).is_ok_and(|age| age < OWN_LIFETIME / 2)
+        {
+            return Ok(Arc::clone(config));
+        }
+        let config = tls::server::config_with_anonymous_clients(&self.svid(now)?, self.ca.bundle())?;
+        *held = Some((now, Arc::clone(&config)));
+        Ok(config)
+    }
+
+    fn svid(&self, now: SystemTime) -> Result<X509Svid> {
+        let key = Keypair::generate()?;
+        let proven = ProvenKey::from_csr(&key.csr()?)?;
+        let id = SpiffeId::authority(self.ca.domain());
+        Ok(key.with_chain(self.ca.issue(&proven, &id, OWN_LIFETIME, now)?)?)
+    }
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+pub(super) struct PeerInfo {
+    /// The verified identity, if a certificate was presented.
+    pub(super) id: Option<SpiffeId>,
+    pub(super) address: SocketAddr,
+}
+
+/// A connection whose peer is known, or known to be nobody.
+struct Authenticated {
+    io: TlsStream<TcpStream>,
+    peer: PeerInfo,
+}
+
+impl Connected for Authenticated {
+    type ConnectInfo = PeerInfo;
+    fn connect_info(&self) -> PeerInfo {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Authenticated {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Authenticated {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,206 @@
+//! Hauberk's own authority as an issuer: gRPC over mutual TLS, attested once by a join token.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status, Streaming};
+
+use super::{IssueError, Issued, Issuer};
+use crate::authority::proto::authority_client::AuthorityClient;
+use crate::authority::proto::{AttestRequest, Bundle, IssueRequest, Svid, WatchBundleRequest};
+use crate::identity::bundle::TrustBundle;
+use crate::identity::{SpiffeId, TrustDomain};
+use crate::tls;
+use crate::trust::Trust;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+/// An SVID and a bundle of several roots fit ten times over.
+const MAX_MESSAGE_BYTES: usize = 256 * 1024;
+
+/// The authority, as one node asks it.
+#[derive(Debug)]
+pub struct AuthorityIssuer {
+    address: String,
+    join_token: Option<PathBuf>,
+    node: SpiffeId,
+    trust: Arc<Trust>,
+    /// One connection; made anew when the node's SVID or the bundle has changed.
+    channel: Mutex<Option<(Epoch, Channel)>>,
+    bundles: Mutex<Option<Streaming<Bundle>>>,
+}
+
+/// What a connection was made with: the node SVID's generation (0 without one) and the bundle's epoch.
+type Epoch = (u64, u64);
+
+impl AuthorityIssuer {
+    /// Asks the authority at `address` (`host:port`) on behalf of `node`, whose SVID is taken from
+    /// `trust` once it is there.
+    pub fn new(address: String, join_token: Option<PathBuf>, node: SpiffeId, trust: Arc<Trust>) -> Self {
+        Self { address, join_token, node, trust, channel: Mutex::new(None), bundles: Mutex::new(None) }
+    }
+
+    async fn client(&self) -> Result<AuthorityClient<Channel>, IssueError> {
+        let now = self.trust.snapshot();
+        let svid = now.svids.get(&self.node);
+        let epoch = (svid.map_or(0, |svid| svid.generation()), now.bundle_epoch);
+        let mut held = self.channel.lock().await;
+        if let Some((made_with, channel)) = held.as_ref()
+            && *made_with == epoch
+        {
+            return Ok(self.limited(channel.clone()));
+        }
+        let expected = SpiffeId::authority(now.bundle.domain());
+        let config = match svid {
+            Some(svid) => tls::client::config(svid, &now.bundle, expected),
+            None => tls::client::anonymous(&now.bundle, expected),
+        };
+        let config = config.map_err(|e| IssueError::Ours(e.to_string()))?;
+        let connector = TlsConnector::from(config);
+        let address = self.address.clone();
+        let connect = move |_: Uri| connect(connector.clone(), address.clone());
+        // The URI only fills HTTP's place; the connector dials the configured address.
+        let endpoint = Endpoint::from_static("http://authority.hauberk").timeout(CALL_TIMEOUT);
+        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(connect));
+        *held = Some((epoch, channel.clone()));
+        Ok(self.limited(channel))
+    }
+
+    fn limited(&self, channel: Channel) -> AuthorityClient<Channel> {
+        AuthorityClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {
+        let attested =
+            self.trust.svid(&self.node).is_some_and(|s| s.leaf().not_after > std::time::SystemTime::now());
+        let mut client = self.client().await?;
+        let answer = if attested {
+            client.issue(IssueRequest { spiffe_id: id.to_string(), csr: csr.to_vec() }).await
+        } else if *id == self.node {
+            let join_token = self.token()?;
+            let node = id.node_name().unwrap_or_default().to_owned();
+            client.attest(AttestRequest { node, join_token, csr: csr.to_vec() }).await
+        } else {
+            return Err(IssueError::Ours("the node itself has no valid SVID yet".into()));
+        };
+        self.issued(answer.map_err(|status| self.failed(&status))?.into_inner())
+    }
+
+    fn token(&self) -> Result<String, IssueError> {
+        let path = self.join_token.as_ref().ok_or_else(|| {
+            IssueError::Ours("this node has no SVID and no join token: make one with `hauberk authority token` and name its file in authority.joinToken".into())
+        })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| IssueError::Ours(format!("cannot read the join token {}: {e}", path.display())))?;
+        Ok(text.trim().to_owned())
+    }
+
+    fn issued(&self, svid: Svid) -> Result<Issued, IssueError> {
+        let bundle = svid.bundle.ok_or_else(|| self.unusable("an answer without a trust bundle"))?;
+        let chain = svid.chain.into_iter().map(CertificateDer::from).collect();
+        Ok(Issued { chain, bundle: self.bundle(bundle)? })
+    }
+
+    fn bundle(&self, bundle: Bundle) -> Result<TrustBundle, IssueError> {
+        let domain = TrustDomain::parse(&bundle.trust_domain).map_err(|e| self.unusable(&e.to_string()))?;
+        if domain != *self.trust.snapshot().bundle.domain() {
+            return Err(self.unusable(&format!("a bundle of another trust domain, {domain}")));
+        }
+        let roots = bundle.roots.into_iter().map(CertificateDer::from).collect();
+        TrustBundle::new(domain, roots).map_err(|e| self.unusable(&e.to_string()))
+    }
+
+    async fn bundle_from_stream(&self) -> Result<TrustBundle, IssueError> {
+        let mut held = self.bundles.lock().await;
+        if held.is_none() {
+            let answer = self.client().await?.watch_bundle(WatchBundleRequest {}).await;
+            *held = Some(answer.map_err(|status| self.failed(&status))?.into_inner());
+        }
+        let next = match held.as_mut() {
+            Some(stream) => stream.message().await,
+            None => Ok(None),
+        };
+        match next {
+            Ok(Some(bundle)) => self.bundle(bundle),
+            Ok(None) => {
+                *held = None;
+                Err(self.failed(&Status::unavailable("the authority ended the stream")))
+            }
+            Err(status) => {
+                *held = None;
+                Err(self.failed(&status))
+            }
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("the authority at {}", self.address)
+    }
+
+    fn unusable(&self, detail: &str) -> IssueError {
+        IssueError::Unusable { issuer: self.name(), detail: detail.to_owned() }
+    }
+
+    fn failed(&self, status: &Status) -> IssueError {
+        let issuer = self.name();
+        match status.code() {
+            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
+                IssueError::Unreachable { issuer, detail: with_causes(status) }
+            }
+            _ => {
+                let retry_after = status
+                    .metadata()
+                    .get("retry-after")
+                    .and_then(|seconds| seconds.to_str().ok()?.parse().ok())
+                    .map(Duration::from_secs);
+                IssueError::Refused { issuer, detail: status.message().to_owned(), retry_after }
+            }
+        }
+    }
+}
+
+impl Issuer for AuthorityIssuer {
+    fn issue<'a>(&'a self, id: &'a SpiffeId, csr: &'a [u8]) -> BoxFuture<'a, Result<Issued, IssueError>> {
+        Box::pin(self.ask(id, csr))
+    }
+
+    fn next_bundle(&self) -> BoxFuture<'_, Result<TrustBundle, IssueError>> {
+        Box::pin(self.bundle_from_stream())
+    }
+}
+
+type Io = TokioIo<tokio_rustls::client::TlsStream<TcpStream>>;
+
+async fn connect(connector: TlsConnector, address: String) -> std::io::Result<Io> {
+    let dial = async {
+        let tcp = TcpStream::connect(&address).await?;
+        tcp.set_nodelay(true)?;
+        // Verified by SPIFFE ID; the name only fills the API's place.
+        let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
+        connector.connect(name, tcp).await
+    };
+    match timeout(CONNECT_TIMEOUT, dial).await {
+        Ok(connected) => connected.map(TokioIo::new),
+        Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// A status's message and what caused it: the innermost cause is the one that helps.
+fn with_causes(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,109 @@
+//! Keeps the node's own SVID over a restart of the agent, in memory only.
+//!
+//! A restarted agent has used its join token up. Keys never touch a disk: the file is written only
+//! where the file system is a tmpfs, and goes with the machine's power.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::Keypair;
+use crate::identity::SpiffeId;
+use crate::identity::svid::X509Svid;
+
+/// `RAMFS_MAGIC`, include/uapi/linux/magic.h.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
+/// A file for one SVID.
+#[derive(Debug)]
+pub struct Keep {
+    path: PathBuf,
+    in_memory: bool,
+}
+
+impl Keep {
+    /// Keeps in `dir`, if that is in memory; says so if it is not.
+    pub fn in_dir(dir: &Path) -> Self {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        let in_memory = made.is_ok()
+            && statfs(dir).is_ok_and(|fs| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&fs.filesystem_type()));
+        if !in_memory {
+            tracing::warn!(dir = %dir.display(), "the runtime directory is not on a tmpfs: the node's key is not kept, so a restarted agent needs a new join token");
+        }
+        Self { path: dir.join("node.pem"), in_memory }
+    }
+
+    /// What was kept, if it is this identity's and still valid.
+    pub fn load(&self, id: &SpiffeId, now: SystemTime) -> Option<X509Svid> {
+        if !self.in_memory {
+            return None;
+        }
+        let pem = fs::read_to_string(&self.path).ok()?;
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().ok()?;
+        let svid = Keypair::from_pem(&pem).ok()?.with_chain(chain).ok()?;
+        (svid.id() == id && svid.leaf().not_after > now).then_some(svid)
+    }
+
+    /// Keeps an SVID with its key, in place of an earlier one.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, svid: &X509Svid, key: &Keypair) -> io::Result<()> {
+        use base64::Engine;
+        if !self.in_memory {
+            return Ok(());
+        }
+        let mut text = String::new();
+        for certificate in &svid.certified_key().cert {
+            let body = base64::engine::general_purpose::STANDARD.encode(certificate);
+            text.push_str("-----BEGIN CERTIFICATE-----\n");
+            // PEM lines have 64 characters (RFC 7468, section 2); base64 is ASCII.
+            for line in body.as_bytes().chunks(64) {
+                text.push_str(&String::from_utf8_lossy(line));
+                text.push('\n');
+            }
+            text.push_str("-----END CERTIFICATE-----\n");
+        }
+        text.push_str(&key.to_pem());
+        let temporary = self.path.with_extension("new");
+        let _ = fs::remove_file(&temporary);
+        let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        fs::rename(&temporary, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ca::{Ca, ProvenKey, create_root};
+    use crate::identity::TrustDomain;
+
+    #[test]
+    fn what_is_kept_in_memory_comes_back_until_it_expires() {
+        let now = SystemTime::now();
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let ca = Ca::from_pem(domain.clone(), &create_root(&domain, now).unwrap()).unwrap();
+        let id = SpiffeId::node(&domain, "n1").unwrap();
+        let key = Keypair::generate().unwrap();
+        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+        let svid = key.with_chain(ca.issue(&proven, &id, Duration::from_secs(60), now).unwrap()).unwrap();
+        let dir = Path::new("/dev/shm").join(format!("hauberk-keep-{:x}", fastrand::u64(..)));
+        let keep = Keep::in_dir(&dir);
+        keep.save(&svid, &key).unwrap();
+        let loaded = keep.load(&id, now).map(|s| s.leaf().clone());
+        let late = keep.load(&id, now + Duration::from_secs(120)).is_some();
+        let other = keep.load(&SpiffeId::node(&domain, "n2").unwrap(), now).is_some();
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(loaded.as_ref(), Some(svid.leaf()));
+        assert!(!late && !other);
+    }
+}
