@@ -50,7 +50,10 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
     let page = Arc::clone(&counters);
-    let admin = tokio::spawn(crate::admin::serve_page(admin, move |path| page.page(path)));
+    let admin = tokio::spawn(crate::admin::serve(
+        admin,
+        Arc::new(move |path: &str| page.page(path).map(crate::admin::Page::text)),
+    ));
     tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
     let service =
         Service::new(Arc::clone(&ca), store, directory, config.svid_lifetime, Arc::clone(&counters), bundle);

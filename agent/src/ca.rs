@@ -12,8 +12,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
 };
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate, X509CertificationRequest};
 
 use crate::identity::bundle::{BundleError, TrustBundle};
@@ -121,7 +121,8 @@ impl Ca {
     pub fn from_pem(domain: TrustDomain, pem: &str) -> Result<Self, CaError> {
         let material = |e: String| CaError::Material(e);
         let root = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| material(e.to_string()))?;
-        let key = KeyPair::from_pem(pem).map_err(|e| material(e.to_string()))?;
+        let key = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|e| material(e.to_string()))?;
+        let key = KeyPair::try_from(&key).map_err(|e| material(e.to_string()))?;
         let (_, parsed) = X509Certificate::from_der(&root).map_err(|e| material(e.to_string()))?;
         if parsed.public_key().raw != key.subject_public_key_info() {
             return Err(material("the key does not belong to the certificate".into()));

@@ -1,1 +1,119 @@
-//! (being written)
+//! The command line.
+
+mod agent;
+mod ask;
+mod authority;
+mod check;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::telemetry::log;
+
+/// Mutual TLS between workloads that know nothing of it.
+///
+/// Exit codes: 0 done, 1 failed (one line on standard error says what and how to mend it), 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "hauberk", version, max_term_width = 100)]
+struct Cli {
+    /// How log lines look.
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    log_format: log::Format,
+    /// Which log lines there are, as in RUST_LOG (for example: info, or warn,access=info).
+    #[arg(long, global = true, value_name = "FILTER")]
+    log: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run this node's agent: capture pods' connections and carry them over mutual TLS.
+    Agent(agent::Agent),
+    /// Run the authority, or make what an agent needs to join it.
+    Authority(authority::Authority),
+    /// Remove everything an agent has pinned in the kernel: nothing is captured or refused any more.
+    Uninstall(agent::Uninstall),
+    /// Check whether this machine and this configuration can run an agent.
+    Check(check::Check),
+    /// Ask the running agent how it stands.
+    Status(ask::Ask),
+    /// List workloads as the running agent knows them.
+    Workloads(ask::Ask),
+    /// List the running agent's certificates.
+    Certs(ask::Ask),
+}
+
+/// How a command prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// A table for people.
+    Table,
+    /// JSON for programs.
+    Json,
+}
+
+/// Runs what the command line asks for.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let started = log::start(cli.log_format, cli.log.as_deref());
+    let outcome = started.and_then(|()| {
+        match cli.command {
+            Command::Agent(agent) => agent.run(),
+            Command::Authority(authority) => authority.run(),
+            Command::Uninstall(uninstall) => uninstall.run(),
+            Command::Check(check) => return check.run(),
+            Command::Status(ask) => ask.run("/v1/status"),
+            Command::Workloads(ask) => ask.run("/v1/workloads"),
+            Command::Certs(ask) => ask.run("/v1/certs"),
+        }
+        .map(|()| ExitCode::SUCCESS)
+    });
+    outcome.unwrap_or_else(|error| {
+        // One line with every cause, outermost first.
+        eprintln!("hauberk: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Aligns rows under their heads.
+fn table(heads: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = heads.iter().map(|head| head.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            text.push_str(&format!("{cell:width$}  "));
+        }
+        text.trim_end().to_owned() + "\n"
+    };
+    let mut text = line(&mut heads.iter().copied());
+    for row in rows {
+        text.push_str(&line(&mut row.iter().map(String::as_str)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn columns_align() {
+        let text =
+            table(&["A", "LONGER"], &[vec!["wide cell".into(), "x".into()], vec!["é".into(), "y".into()]]);
+        assert_eq!(text, "A          LONGER\nwide cell  x\né          y\n");
+    }
+}

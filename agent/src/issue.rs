@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use crate::identity::SpiffeId;
@@ -85,7 +86,10 @@ impl Keypair {
     /// # Errors
     /// When it is no such key.
     pub fn from_pem(pem: &str) -> Result<Self, IssueError> {
-        KeyPair::from_pem(pem).map(Self).map_err(|e| IssueError::Ours(e.to_string()))
+        let ours = |e: String| IssueError::Ours(format!("cannot read a key: {e}"));
+        // rcgen's own reader takes the first PEM block only, and certificates may come before.
+        let key = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|e| ours(e.to_string()))?;
+        KeyPair::try_from(&key).map(Self).map_err(|e| ours(e.to_string()))
     }
 
     /// A request (PKCS#10, DER) that proves possession of the key, and asks for nothing.

@@ -1,3 +1,10 @@
 //! The `hauberk` binary: see [`hauberk::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // For libraries that ask the process; our own code names its provider. It fails only if there
+    // is one already, and nothing ran before this.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    hauberk::cli::run()
+}

@@ -3,24 +3,32 @@
 //! Two kinds of threads: the data path's (see `shard`), and a small runtime for everything that may
 //! wait: the authority, the directory, the admin server. Load on one does not delay the other.
 
-use std::future::Future;
-use std::io;
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::admin::{self, Readiness, State};
 use crate::capture::Capture;
 use crate::config::AgentConfig;
-use crate::directory::{self, Live};
-use crate::enrol::{self, Enroller};
+use crate::directory::{Live, file};
+use crate::enrol::{Enroller, LOOK_EVERY};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
+use crate::issue::Issuer;
+use crate::issue::authority::AuthorityIssuer;
+use crate::issue::keep::Keep;
+use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
+use crate::telemetry::access_log::KernelLog;
 use crate::telemetry::{Metrics, Observe};
 use crate::trust::Trust;
 
@@ -29,21 +37,272 @@ const WANTED_FILES: u64 = 1 << 20;
 /// More data-path threads than this bring more node-to-node connections than speed.
 const MAX_DEFAULT_WORKERS: usize = 8;
 
-/// Runs the agent until it is told to stop.
+/// What readiness waits for.
+const CONDITIONS: [&str; 3] = ["node-svid", "pods-enrolled", "workload-svids"];
+
+/// Runs the agent until it is told to stop (SIGTERM, SIGINT).
 ///
 /// # Errors
 /// When it cannot start; one chain of causes that says what to mend.
 pub fn run(config: AgentConfig) -> Result<()> {
     raise_file_limit();
-    let _ = (WANTED_FILES, MAX_DEFAULT_WORKERS);
-    let _ = config;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("cannot start threads")?;
+    let outcome = runtime.block_on(serve(Arc::new(config)));
+    // A directory on a hung disk must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+async fn serve(config: Arc<AgentConfig>) -> Result<()> {
+    let _lock = lock(&config.runtime_dir)?;
+    let domain = &config.trust_domain;
+    let node = SpiffeId::node(domain, &config.node).context("node")?;
+    let trust = Trust::new(bundle(&config)?);
+    let directory = Live::new(file::load(&config.directory.file, domain)?);
+    let admin_listener = tokio::net::TcpListener::bind(config.admin)
+        .await
+        .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
+    let tunnel_port = config.tunnel.port;
+    let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt)?);
+    capture.beat();
+
+    let metrics = Arc::new(Metrics::new()?);
+    let shared = shared(&config, &trust, &directory, &capture, &metrics);
+    let threads = start_threads(&config, &shared)?;
+    let enroller = Enroller::new(Arc::clone(&config), Arc::clone(&capture), threads);
+    let issuer: Arc<dyn Issuer> = Arc::new(AuthorityIssuer::new(
+        config.authority.address.clone(),
+        config.authority.join_token.clone(),
+        node.clone(),
+        Arc::clone(&trust),
+    ));
+    let keep = Keep::in_dir(&config.runtime_dir);
+    let rotator = Rotator::new(Arc::clone(&trust), Arc::clone(&issuer), node.clone(), keep);
+
+    let readiness = Arc::new(Readiness::new(&CONDITIONS));
+    let state = Arc::new(State {
+        node: config.node.clone(),
+        metrics,
+        trust: Arc::clone(&trust),
+        directory: Arc::clone(&directory),
+        capture: Arc::clone(&capture),
+        enrolled: enroller.status(),
+        rotation: rotator.status(),
+        readiness: Arc::clone(&readiness),
+    });
+    serve_admin(&config, admin_listener, &state)?;
+
+    tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
+    tokio::spawn(rotator.run(wanted(&directory, &config.node)));
+    tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
+    tokio::spawn(beat(Arc::clone(&capture)));
+    tokio::spawn(log_kernel_events(Arc::clone(&capture)));
+    tokio::spawn(judge_readiness(Arc::clone(&state), node));
+    let stop_enrolling = CancellationToken::new();
+    let enrolling = enrol_for_ever(enroller, directory, stop_enrolling.clone())?;
+
+    tracing::info!(node = config.node, trust_domain = %domain, "the agent runs");
+    wait_for_stop().await?;
+    drain(&shared, config.drain).await;
+    stop_enrolling.cancel();
+    let threads = tokio::task::spawn_blocking(move || enrolling.join()).await?;
+    shared.abort.cancel();
+    for thread in threads.map_err(|_| anyhow!("the enrolling thread panicked"))? {
+        tokio::task::spawn_blocking(move || thread.join()).await?;
+    }
     Ok(())
+}
+
+/// One agent for one runtime directory, for as long as the file lives.
+fn lock(dir: &Path) -> Result<File> {
+    let named = || format!("cannot use the runtime directory {} (runtimeDir)", dir.display());
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(named)?;
+    let path = dir.join("agent.lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(path).with_context(named)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(anyhow!("another agent uses {} (runtimeDir); stop it first", dir.display()))
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(named),
+    }
+}
+
+fn bundle(config: &AgentConfig) -> Result<TrustBundle> {
+    let path = &config.authority.trust_bundle;
+    let named = || format!("cannot use the trust bundle {} (authority.trustBundle)", path.display());
+    let pem = std::fs::read(path).with_context(named)?;
+    TrustBundle::from_pem(config.trust_domain.clone(), &pem).with_context(named)
+}
+
+fn shared(
+    config: &AgentConfig,
+    trust: &Arc<Trust>,
+    directory: &Arc<Live>,
+    capture: &Arc<Capture>,
+    metrics: &Arc<Metrics>,
+) -> Shared {
+    Shared {
+        trust: Arc::clone(trust),
+        directory: Arc::clone(directory),
+        capture: Arc::clone(capture),
+        observe: Observe::new(Arc::clone(metrics)),
+        tunnel: Arc::new(config.tunnel.clone()),
+        handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
+        drain: CancellationToken::new(),
+        abort: CancellationToken::new(),
+        tasks: TaskTracker::new(),
+    }
+}
+
+fn start_threads(config: &AgentConfig, shared: &Shared) -> Result<Vec<Thread>> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_DEFAULT_WORKERS);
+    (0..config.workers.unwrap_or(cores))
+        .map(|number| Thread::start(number, shared.clone()))
+        .collect::<Result<_, _>>()
+        .context("cannot start the data path's threads")
+}
+
+fn serve_admin(config: &AgentConfig, listener: tokio::net::TcpListener, state: &Arc<State>) -> Result<()> {
+    let socket = config.runtime_dir.join("admin.sock");
+    let unix = admin::bind_unix(&socket).with_context(|| format!("cannot make {}", socket.display()))?;
+    let (public, private) = (Arc::clone(state), Arc::clone(state));
+    tokio::spawn(admin::serve(listener, Arc::new(move |path: &str| public.public(path))));
+    tokio::spawn(admin::serve_unix(unix, Arc::new(move |path: &str| private.private(path))));
+    Ok(())
+}
+
+/// The identities of this node's enrolled workloads, as the directory changes.
+fn wanted(directory: &Arc<Live>, node: &str) -> watch::Receiver<Vec<SpiffeId>> {
+    let (directory, node) = (Arc::clone(directory), node.to_owned());
+    let identities = move |directory: &Live| {
+        let mut ids: Vec<SpiffeId> = directory.load().enrolled_on(&node).map(|w| w.id.clone()).collect();
+        ids.sort();
+        ids.dedup();
+        ids
+    };
+    let (sender, receiver) = watch::channel(identities(&directory));
+    tokio::spawn(async move {
+        let mut changes = directory.subscribe();
+        while changes.changed().await.is_ok() {
+            let now = identities(&directory);
+            sender.send_if_modified(|before| {
+                let changed = *before != now;
+                *before = now;
+                changed
+            });
+        }
+    });
+    receiver
+}
+
+async fn beat(capture: Arc<Capture>) {
+    let mut every = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        every.tick().await;
+        capture.beat();
+    }
+}
+
+async fn log_kernel_events(capture: Arc<Capture>) {
+    let Some(mut events) = capture.events() else { return };
+    let mut log = KernelLog::new(Instant::now());
+    while let Ok(event) = events.next().await {
+        log.write(&event, Instant::now());
+    }
+}
+
+async fn judge_readiness(state: Arc<State>, node: SpiffeId) {
+    let mut every = tokio::time::interval(Duration::from_millis(200));
+    loop {
+        every.tick().await;
+        let rotation = state.rotation.now();
+        let why = |id: &SpiffeId| {
+            let error = rotation.get(id).and_then(|standing| standing.last_error.clone());
+            format!("{id}: {}", error.unwrap_or_else(|| "not issued yet".into()))
+        };
+        let node_missing = state.trust.svid(&node).is_none().then(|| why(&node));
+        let enrolled = state.enrolled.now();
+        let directory = state.directory.load();
+        let wanted: Vec<_> = directory.enrolled_on(&state.node).collect();
+        let pods_missing = wanted
+            .iter()
+            .map(|workload| format!("{}/{}", workload.namespace, workload.name))
+            .find_map(|name| match enrolled.get(&name) {
+                Some(Ok(())) => None,
+                Some(Err(reason)) => Some(format!("{name}: {reason}")),
+                None => Some(format!("{name}: not looked at yet")),
+            });
+        let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
+        for (condition, missing) in CONDITIONS.into_iter().zip([node_missing, pods_missing, svid_missing]) {
+            state.readiness.set(condition, missing);
+        }
+    }
+}
+
+/// Enrols on a thread of its own, as that enters other namespaces; gives the data path back at the end.
+fn enrol_for_ever(
+    mut enroller: Enroller,
+    directory: Arc<Live>,
+    stop: CancellationToken,
+) -> Result<std::thread::JoinHandle<Vec<Thread>>> {
+    let handle = tokio::runtime::Handle::current();
+    let mut changes = directory.subscribe();
+    let work = move || {
+        loop {
+            enroller.apply(&directory.load());
+            let stopped = handle.block_on(async {
+                tokio::select! {
+                    () = stop.cancelled() => true,
+                    _ = changes.changed() => false,
+                    () = tokio::time::sleep(LOOK_EVERY) => false,
+                }
+            });
+            if stopped {
+                return enroller.into_threads();
+            }
+        }
+    };
+    std::thread::Builder::new().name("enrol".into()).spawn(work).context("cannot start a thread")
+}
+
+async fn wait_for_stop() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Takes nothing new, asks peers to leave, and waits for what is open until the deadline.
+async fn drain(shared: &Shared, deadline: Duration) {
+    tracing::info!(
+        seconds = deadline.as_secs(),
+        open = shared.tasks.len(),
+        "stopping: draining open connections"
+    );
+    shared.drain.cancel();
+    shared.tasks.close();
+    if tokio::time::timeout(deadline, shared.tasks.wait()).await.is_err() {
+        tracing::warn!(open = shared.tasks.len(), "the deadline has come: resetting what is still open");
+        shared.abort.cancel();
+        // Their resets and log lines take a moment, and only that.
+        let _ = tokio::time::timeout(Duration::from_secs(2), shared.tasks.wait()).await;
+    }
 }
 
 /// Raises the limit of open files as far as we may; says so when that is little.
 fn raise_file_limit() {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
-    let raised = setrlimit(Resource::RLIMIT_NOFILE, WANTED_FILES.max(hard), WANTED_FILES.max(hard))
+    let wanted = WANTED_FILES.max(hard);
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted)
         .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     let now = if raised.is_ok() { getrlimit(Resource::RLIMIT_NOFILE).map_or(soft, |l| l.0) } else { soft };
     if now < 65_536 {

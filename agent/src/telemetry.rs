@@ -3,6 +3,7 @@
 //! Modules on the data's way take an [`Observe`] and report to it; they never touch the registry.
 
 pub mod access_log;
+pub mod log;
 pub mod metrics;
 
 use std::net::SocketAddr;

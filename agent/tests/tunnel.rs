@@ -101,7 +101,7 @@ struct Near {
 async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near {
     let trust = Trust::new(root.bundle.clone());
     trust.insert(svid(root, &id("client")));
-    let observe = Observe::new(Arc::new(Metrics::default()));
+    let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
     let dialer = Dialer::new(Arc::clone(&trust), Arc::new(TunnelConfig::default()), observe);
     let pool = Pool::new(dialer, 1000);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

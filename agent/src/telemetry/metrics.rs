@@ -1,18 +1,399 @@
 //! The Prometheus registry and everything in it.
+//!
+//! Labels come from closed enums, and every child of them is resolved once, at the start: counting
+//! on the hot path is an atomic addition, without hashing or a lock. Only certificates have an open
+//! label, and their number is capped.
 
-/// (being written)
-#[derive(Debug, Default)]
-pub struct Metrics {}
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ebpf::VERDICT_COUNT;
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use super::{Finished, Role};
+use crate::trust::Snapshot;
+use crate::verdict::{Direction, Encryption, Reason};
+
+/// Most certificates that have a series of their own.
+const MAX_CERTIFICATES: usize = 2_000;
+
+/// The kernel side's verdicts, in the order of `ebpf::VERDICT_*`.
+const KERNEL_VERDICTS: [&str; VERDICT_COUNT as usize] = [
+    "captured",
+    "plaintext_accepted",
+    "plaintext_refused",
+    "probe_accepted",
+    "listener_refused",
+    "egress_dropped",
+    "bypassed",
+    "capture_failed",
+];
+
+/// One counter for each combination of the closed labels.
+struct Connections {
+    /// `[direction][encryption][reason]`.
+    ended: Vec<IntCounter>,
+    open: [IntGauge; 2],
+    sent: [IntCounter; 2],
+    received: [IntCounter; 2],
+    seconds: [Histogram; 2],
+}
+
+/// One counter for each side and outcome.
+struct Handshakes {
+    ok: [IntCounter; 2],
+    /// `[role][reason]`.
+    failed: Vec<IntCounter>,
+    seconds: [Histogram; 2],
+}
+
+/// The agent's metrics.
+pub struct Metrics {
+    registry: Registry,
+    connections: Connections,
+    handshakes: Handshakes,
+    pool: IntGauge,
+    pods: IntGauge,
+    expiry: GaugeVec,
+    dropped: IntCounter,
+    kernel: IntGaugeVec,
+    process: Process,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+fn place(direction: Direction) -> usize {
+    match direction {
+        Direction::Outbound => 0,
+        Direction::Inbound => 1,
+    }
+}
+
+fn side(role: Role) -> usize {
+    match role {
+        Role::Client => 0,
+        Role::Server => 1,
+    }
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Outbound, Direction::Inbound];
+const ENCRYPTIONS: [Encryption; 2] = [Encryption::Mtls, Encryption::None];
+const ROLES: [&str; 2] = ["client", "server"];
 
 impl Metrics {
-    pub(super) fn opened(&self, _: crate::verdict::Direction) {}
-    pub(super) fn finished(&self, _: &super::Finished<'_>, _: bool) {}
-    pub(super) fn handshake(
-        &self,
-        _: super::Role,
-        _: std::time::Duration,
-        _: Option<crate::verdict::Reason>,
-    ) {
+    /// Everything at zero.
+    ///
+    /// # Errors
+    /// When two metrics have one name, which is a mistake in this file.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        Ok(Self {
+            connections: Connections::new(&registry)?,
+            handshakes: Handshakes::new(&registry)?,
+            pool: register(
+                &registry,
+                IntGauge::new("hauberk_pool_connections", "Pooled connections to peers.")?,
+            )?,
+            pods: register(
+                &registry,
+                IntGauge::new("hauberk_enrolled_pods", "Pods enrolled on this node.")?,
+            )?,
+            expiry: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new(
+                        "hauberk_certificate_expiry_timestamp_seconds",
+                        "When the SVID held for an identity expires.",
+                    ),
+                    &["spiffe_id"],
+                )?,
+            )?,
+            dropped: register(
+                &registry,
+                IntCounter::new(
+                    "hauberk_dropped_series_total",
+                    "Series left out because there would be too many.",
+                )?,
+            )?,
+            kernel: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new(
+                        "hauberk_capture_verdicts_total",
+                        "Connections judged in the kernel, by verdict. Counts on over restarts of the agent.",
+                    ),
+                    &["verdict"],
+                )?,
+            )?,
+            process: Process::new(&registry)?,
+            registry,
+        })
     }
-    pub(super) fn pool(&self, _: i64) {}
+
+    pub(super) fn opened(&self, direction: Direction) {
+        self.connections.open[place(direction)].inc();
+    }
+
+    pub(super) fn finished(&self, record: &Finished<'_>, was_open: bool) {
+        let place = place(record.direction);
+        let of = &self.connections;
+        of.ended[index(record.direction, record.encryption, record.reason)].inc();
+        of.sent[place].inc_by(record.sent_bytes);
+        of.received[place].inc_by(record.received_bytes);
+        if was_open {
+            of.open[place].dec();
+            of.seconds[place].observe(record.duration.as_secs_f64());
+        }
+    }
+
+    pub(super) fn handshake(&self, role: Role, took: Duration, failure: Option<Reason>) {
+        let side = side(role);
+        match failure {
+            None => self.handshakes.ok[side].inc(),
+            Some(reason) => self.handshakes.failed[side * Reason::ALL.len() + reason as usize].inc(),
+        }
+        self.handshakes.seconds[side].observe(took.as_secs_f64());
+    }
+
+    pub(super) fn pool(&self, change: i64) {
+        self.pool.add(change);
+    }
+
+    /// The page that Prometheus scrapes, with what is read only now: certificates, the kernel side's
+    /// counts, the process.
+    pub fn render(&self, trust: &Snapshot, kernel: [u64; VERDICT_COUNT as usize], pods: usize) -> String {
+        self.pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
+        self.expiry.reset();
+        for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {
+            self.expiry.with_label_values(&[id.as_str()]).set(unix(svid.leaf().not_after));
+        }
+        self.dropped.inc_by(trust.svids.len().saturating_sub(MAX_CERTIFICATES) as u64);
+        for (verdict, count) in KERNEL_VERDICTS.iter().zip(kernel) {
+            self.kernel.with_label_values(&[verdict]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.process.read();
+        // Encoding into a String cannot fail with names that were registered.
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+/// The place of a combination in [`Connections::ended`].
+fn index(direction: Direction, encryption: Encryption, reason: Reason) -> usize {
+    let encryption = match encryption {
+        Encryption::Mtls => 0,
+        Encryption::None => 1,
+    };
+    (place(direction) * ENCRYPTIONS.len() + encryption) * Reason::ALL.len() + reason as usize
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> prometheus::Result<IntCounterVec> {
+    register(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+}
+
+fn histogram(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    label: &str,
+    buckets: Vec<f64>,
+) -> prometheus::Result<HistogramVec> {
+    register(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets), &[label])?)
+}
+
+impl Connections {
+    fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let ended = counters(
+            registry,
+            "hauberk_connections_total",
+            "Connections that ended or were refused, by direction, verdict, encryption and reason.",
+            &["direction", "verdict", "encryption", "reason"],
+        )?;
+        let open = register(
+            registry,
+            IntGaugeVec::new(Opts::new("hauberk_connections_open", "Connections open now."), &["direction"])?,
+        )?;
+        let bytes = counters(
+            registry,
+            "hauberk_bytes_total",
+            "Payload bytes of ended connections: `sent` from opener to asked, `received` back.",
+            &["direction", "flow"],
+        )?;
+        let seconds = histogram(
+            registry,
+            "hauberk_connection_duration_seconds",
+            "How long connections were open.",
+            "direction",
+            vec![0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0, 3600.0],
+        )?;
+        let mut all = Vec::new();
+        for direction in DIRECTIONS {
+            for encryption in ENCRYPTIONS {
+                for reason in Reason::ALL {
+                    all.push(ended.with_label_values(&[
+                        direction.as_str(),
+                        reason.verdict().as_str(),
+                        encryption.as_str(),
+                        reason.as_str(),
+                    ]));
+                }
+            }
+        }
+        let each = |flow: &str| DIRECTIONS.map(|d| bytes.with_label_values(&[d.as_str(), flow]));
+        Ok(Self {
+            ended: all,
+            open: DIRECTIONS.map(|d| open.with_label_values(&[d.as_str()])),
+            sent: each("sent"),
+            received: each("received"),
+            seconds: DIRECTIONS.map(|d| seconds.with_label_values(&[d.as_str()])),
+        })
+    }
+}
+
+impl Handshakes {
+    fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let total = counters(
+            registry,
+            "hauberk_tls_handshakes_total",
+            "TLS handshakes with peers, by side, kind, outcome and reason of failure.",
+            &["role", "kind", "outcome", "reason"],
+        )?;
+        let seconds = histogram(
+            registry,
+            "hauberk_tls_handshake_duration_seconds",
+            "How long TLS handshakes took, with the network's part.",
+            "role",
+            vec![0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0],
+        )?;
+        let failed = ROLES
+            .iter()
+            .flat_map(|role| Reason::ALL.iter().map(move |reason| (role, reason)))
+            .map(|(role, reason)| total.with_label_values(&[*role, "full", "failed", reason.as_str()]))
+            .collect();
+        Ok(Self {
+            ok: ROLES.map(|role| total.with_label_values(&[role, "full", "ok", ""])),
+            failed,
+            seconds: ROLES.map(|role| seconds.with_label_values(&[role])),
+        })
+    }
+}
+
+fn unix(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// What Prometheus' own clients say of a process; the crate's version would bring two more crates.
+struct Process {
+    cpu: Gauge,
+    resident: IntGauge,
+    files: IntGauge,
+}
+
+impl Process {
+    fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let started = Gauge::new("process_start_time_seconds", "When the process started.")?;
+        started.set(unix(SystemTime::now()));
+        register(registry, started)?;
+        let build = Opts::new("hauberk_build_info", "The running version.")
+            .const_label("version", env!("CARGO_PKG_VERSION"));
+        register(registry, IntGauge::with_opts(build)?)?.set(1);
+        Ok(Self {
+            cpu: register(
+                registry,
+                Gauge::new("process_cpu_seconds_total", "CPU time used, user and system.")?,
+            )?,
+            resident: register(
+                registry,
+                IntGauge::new("process_resident_memory_bytes", "Resident memory.")?,
+            )?,
+            files: register(registry, IntGauge::new("process_open_fds", "Open file descriptors.")?)?,
+        })
+    }
+
+    /// Reads /proc/self; what cannot be read keeps its last value.
+    fn read(&self) {
+        use nix::sys::resource::{UsageWho, getrusage};
+        use nix::sys::time::TimeValLike;
+        if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
+            let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+            self.cpu.set(micros as f64 / 1e6);
+        }
+        if let Ok(statm) = std::fs::read_to_string("/proc/self/statm")
+            && let Some(Ok(pages)) = statm.split(' ').nth(1).map(str::parse::<i64>)
+        {
+            let page =
+                nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten().unwrap_or(4096);
+            self.resident.set(pages * page);
+        }
+        if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
+            self.files.set(i64::try_from(files.count()).unwrap_or(i64::MAX));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::TrustDomain;
+
+    fn snapshot() -> std::sync::Arc<Snapshot> {
+        let now = SystemTime::now();
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let pem = crate::ca::create_root(&domain, now).unwrap();
+        let ca = crate::ca::Ca::from_pem(domain, &pem).unwrap();
+        crate::trust::Trust::new(ca.bundle().clone()).snapshot()
+    }
+
+    #[test]
+    fn each_outcome_is_counted_under_its_own_labels() {
+        let metrics = Metrics::new().unwrap();
+        for reason in Reason::ALL {
+            let record = Finished {
+                direction: Direction::Inbound,
+                encryption: Encryption::None,
+                reason: *reason,
+                detail: "",
+                source_id: None,
+                source: None,
+                destination_id: None,
+                destination: None,
+                sent_bytes: 1,
+                received_bytes: 2,
+                duration: Duration::ZERO,
+            };
+            metrics.finished(&record, false);
+            metrics.handshake(Role::Server, Duration::ZERO, Some(*reason));
+        }
+        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], 3);
+        for reason in Reason::ALL {
+            let line = format!(
+                "hauberk_connections_total{{direction=\"inbound\",encryption=\"none\",reason=\"{}\",verdict=\"{}\"}} 1",
+                reason.as_str(),
+                reason.verdict().as_str()
+            );
+            assert!(page.contains(&line), "{line}\n{page}");
+            let line = format!(
+                "hauberk_tls_handshakes_total{{kind=\"full\",outcome=\"failed\",reason=\"{}\",role=\"server\"}} 1",
+                reason.as_str()
+            );
+            assert!(page.contains(&line), "{line}");
+        }
+        assert!(page.contains("hauberk_enrolled_pods 3"));
+    }
 }

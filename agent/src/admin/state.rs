@@ -1,0 +1,187 @@
+//! The agent's state, as the admin server tells it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use http::StatusCode;
+use serde_json::json;
+
+use super::Page;
+use crate::capture::Capture;
+use crate::directory::Live;
+use crate::enrol;
+use crate::rotate;
+use crate::telemetry::Metrics;
+use crate::trust::Trust;
+
+/// What has to hold before the agent is ready, each with the reason why it does not yet.
+#[derive(Debug)]
+pub struct Readiness(Mutex<BTreeMap<&'static str, Option<String>>>);
+
+impl Readiness {
+    /// All of these are still owed.
+    pub fn new(conditions: &[&'static str]) -> Self {
+        Self(Mutex::new(conditions.iter().map(|name| (*name, Some("not yet".to_owned()))).collect()))
+    }
+
+    /// Says how a condition stands; `None` means that it holds.
+    pub fn set(&self, condition: &'static str, missing: Option<String>) {
+        self.lock().insert(condition, missing);
+    }
+
+    /// The conditions that do not hold, with their reasons.
+    pub fn missing(&self) -> BTreeMap<&'static str, String> {
+        self.lock().iter().filter_map(|(name, why)| Some((*name, why.clone()?))).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<&'static str, Option<String>>> {
+        // Entries are whole at every instant.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything that is told.
+#[derive(Debug)]
+pub struct State {
+    /// This node's name.
+    pub node: String,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// SVIDs and bundle.
+    pub trust: Arc<Trust>,
+    /// Who is where.
+    pub directory: Arc<Live>,
+    /// The kernel side.
+    pub capture: Arc<Capture>,
+    /// How the local workloads stand.
+    pub enrolled: Arc<enrol::Status>,
+    /// How the SVIDs stand.
+    pub rotation: Arc<rotate::Status>,
+    /// What readiness waits for.
+    pub readiness: Arc<Readiness>,
+}
+
+impl State {
+    /// Pages for everybody.
+    pub fn public(&self, path: &str) -> Option<Page> {
+        match path {
+            "/metrics" => Some(Page::text(self.render())),
+            "/healthz" => Some(Page::text("ok\n")),
+            "/readyz" => Some(self.ready()),
+            _ => None,
+        }
+    }
+
+    /// Pages for whoever may open the admin socket.
+    pub fn private(&self, path: &str) -> Option<Page> {
+        match path {
+            "/v1/status" => Some(self.status()),
+            "/v1/workloads" => Some(self.workloads()),
+            "/v1/certs" => Some(self.certs()),
+            _ => self.public(path),
+        }
+    }
+
+    fn render(&self) -> String {
+        let enrolled = self.enrolled.now().values().filter(|outcome| outcome.is_ok()).count();
+        self.metrics.render(&self.trust.snapshot(), self.capture.verdicts(), enrolled)
+    }
+
+    fn ready(&self) -> Page {
+        let missing = self.readiness.missing();
+        if missing.is_empty() {
+            return Page::text("ready\n");
+        }
+        let body = missing.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>();
+        Page { status: StatusCode::SERVICE_UNAVAILABLE, ..Page::text(body) }
+    }
+
+    fn status(&self) -> Page {
+        let enrolled = self.enrolled.now();
+        let directory = self.directory.load();
+        let trust = self.trust.snapshot();
+        Page::json(&json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "node": self.node,
+            "trustDomain": trust.bundle.domain().as_str(),
+            "ready": self.readiness.missing().is_empty(),
+            "missing": self.readiness.missing(),
+            "meshWorkloads": directory.workloads().len(),
+            "enrolled": enrolled.values().filter(|outcome| outcome.is_ok()).count(),
+            "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
+            "svids": trust.svids.len(),
+            "roots": trust.bundle.roots().len(),
+        }))
+    }
+
+    fn workloads(&self) -> Page {
+        let enrolled = self.enrolled.now();
+        let directory = self.directory.load();
+        let rows: Vec<_> = directory
+            .workloads()
+            .iter()
+            .map(|workload| {
+                let name = format!("{}/{}", workload.namespace, workload.name);
+                let state = match enrolled.get(&name) {
+                    Some(Ok(())) => "enrolled".to_owned(),
+                    Some(Err(reason)) => format!("not enrolled: {reason}"),
+                    None if workload.node == self.node => "off".to_owned(),
+                    None => "remote".to_owned(),
+                };
+                json!({
+                    "workload": name,
+                    "id": workload.id.as_str(),
+                    "node": workload.node,
+                    "mode": workload.mode,
+                    "addresses": workload.addresses,
+                    "state": state,
+                })
+            })
+            .collect();
+        Page::json(&rows)
+    }
+
+    fn certs(&self) -> Page {
+        let standing = self.rotation.now();
+        let trust = self.trust.snapshot();
+        let mut rows: Vec<_> = standing
+            .iter()
+            .map(|(id, how)| {
+                let serial = trust.svids.get(id).map(|svid| svid.leaf().serial.clone());
+                json!({
+                    "id": id.as_str(),
+                    "serial": serial,
+                    "expires": how.not_after.map(unix),
+                    "renewal": unix(how.next),
+                    "failures": how.failures,
+                    "error": how.last_error,
+                })
+            })
+            .collect();
+        rows.sort_by_key(|row| row["id"].to_string());
+        Page::json(&rows)
+    }
+}
+
+fn unix(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readiness_names_what_is_missing_until_nothing_is() {
+        let readiness = Readiness::new(&["capture", "svid"]);
+        readiness.set("capture", None);
+        readiness.set("svid", Some("the authority cannot be reached".into()));
+        assert_eq!(
+            readiness.missing().into_iter().collect::<Vec<_>>(),
+            [("svid", "the authority cannot be reached".to_owned())]
+        );
+        readiness.set("svid", None);
+        assert!(readiness.missing().is_empty());
+    }
+}

@@ -1,0 +1,140 @@
+//! What the machine offers besides the kernel's features, and whether a configuration fits it.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::Found;
+use crate::capture::mount;
+use crate::config::AgentConfig;
+use crate::directory::file;
+use crate::identity::bundle::TrustBundle;
+use crate::tls::provider;
+
+pub(super) fn checks() -> Vec<Found> {
+    vec![files(), crypto(), clock()]
+}
+
+fn files() -> Found {
+    const NAME: &str = "open files";
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((_, hard)) if hard >= 65_536 => Found::ok(NAME, format!("up to {hard}")),
+        Ok((_, hard)) => Found::warn(
+            NAME,
+            format!("up to {hard}"),
+            "each connection needs two: raise LimitNOFILE, or grant CAP_SYS_RESOURCE",
+        ),
+        Err(error) => Found::warn(NAME, error.to_string(), ""),
+    }
+}
+
+fn crypto() -> Found {
+    const NAME: &str = "crypto acceleration";
+    if provider::aes_in_hardware() {
+        Found::ok(NAME, "AES and carry-less multiplication; AES-128-GCM is preferred")
+    } else {
+        Found::warn(
+            NAME,
+            "no AES instructions; ChaCha20-Poly1305 is preferred",
+            "expect a fifth of the throughput",
+        )
+    }
+}
+
+fn clock() -> Found {
+    const NAME: &str = "clock";
+    // SAFETY: zero is a valid value of every field; mode 0 only reads.
+    #[expect(unsafe_code, reason = "adjtimex(2) has no wrapper in our crates")]
+    let (state, timex) = unsafe {
+        let mut timex: libc::timex = std::mem::zeroed();
+        (libc::adjtimex(&raw mut timex), timex)
+    };
+    let year_2025 = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_735_689_600);
+    if SystemTime::now() < year_2025 {
+        return Found::fail(NAME, "the clock is before 2025", "set it: certificates would not be valid yet");
+    }
+    if state < 0 || timex.status & libc::STA_UNSYNC != 0 {
+        return Found::warn(
+            NAME,
+            "not synchronised",
+            "run chrony or systemd-timesyncd: certificates depend on the time",
+        );
+    }
+    Found::ok(NAME, "synchronised")
+}
+
+/// Checks a configuration file and everything it names.
+pub(super) fn configuration(path: &Path) -> Vec<Found> {
+    let config = match AgentConfig::load(path) {
+        Ok(config) => config,
+        Err(error) => return vec![Found::fail("configuration", error.to_string(), "correct the file")],
+    };
+    vec![
+        Found::ok("configuration", path.display().to_string()),
+        directory(&config),
+        trust_bundle(&config),
+        pods_cgroup(&config),
+    ]
+}
+
+fn directory(config: &AgentConfig) -> Found {
+    const NAME: &str = "directory";
+    match file::load(&config.directory.file, &config.trust_domain) {
+        Ok(directory) => {
+            let here = directory.enrolled_on(&config.node).count();
+            let all = directory.workloads().len();
+            if here == 0 {
+                return Found::warn(
+                    NAME,
+                    format!("{all} workloads, none on node {}", config.node),
+                    "is `node` spelt as in the directory?",
+                );
+            }
+            Found::ok(NAME, format!("{all} workloads, {here} on this node"))
+        }
+        Err(error) => Found::fail(NAME, error.to_string(), "correct the file"),
+    }
+}
+
+fn trust_bundle(config: &AgentConfig) -> Found {
+    const NAME: &str = "trust bundle";
+    let path = &config.authority.trust_bundle;
+    let read = std::fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()));
+    let bundle = read.and_then(|pem| {
+        TrustBundle::from_pem(config.trust_domain.clone(), &pem)
+            .map_err(|e| format!("{}: {e}", path.display()))
+    });
+    let bundle = match bundle {
+        Ok(bundle) => bundle,
+        Err(error) => return Found::fail(NAME, error, "write it with `hauberk authority bundle`"),
+    };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let days = bundle
+        .roots()
+        .iter()
+        .filter_map(|root| X509Certificate::from_der(root).ok())
+        .map(|(_, root)| (root.validity().not_after.timestamp() - now as i64) / 86_400)
+        .min()
+        .unwrap_or(0);
+    match days {
+        ..=0 => Found::fail(NAME, "a root has expired", "distribute a new bundle"),
+        1..60 => Found::warn(NAME, format!("a root expires in {days} days"), "replace it soon"),
+        _ => Found::ok(NAME, format!("{} root(s), valid for {days} days", bundle.roots().len())),
+    }
+}
+
+fn pods_cgroup(config: &AgentConfig) -> Found {
+    const NAME: &str = "pods' cgroup";
+    match mount::cgroup_dir(&config.capture.cgroup) {
+        Ok(path) if path.join("cgroup.procs").exists() => Found::ok(NAME, path.display().to_string()),
+        Ok(path) => Found::fail(
+            NAME,
+            format!("{} is no cgroup v2", path.display()),
+            "set capture.cgroup to the cgroup above all pods",
+        ),
+        Err(error) => Found::fail(NAME, error.to_string(), "set capture.cgroup"),
+    }
+}
