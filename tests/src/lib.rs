@@ -1,1 +1,25 @@
-//! x
+//! Worlds to test in: nodes, pods and an outside host as network namespaces, joined by wires that
+//! can be listened to, with the real agent and authority in them.
+//!
+//! - [`world`]: a whole world; making it, and leaving nothing of it behind
+//! - [`host`]: a namespace, and running programs in it
+//! - [`process`]: a program that runs
+//! - [`agent`]: the agent and the authority as processes
+//! - [`tap`]: what a wire carried
+//! - [`sweep`]: removes worlds whose makers are gone
+//!
+//! Everything is inside namespaces of its own, so worlds may have the same addresses and do not
+//! meet.
+
+pub mod agent;
+pub mod host;
+pub mod process;
+pub mod sweep;
+pub mod tap;
+pub mod world;
+
+pub use agent::{Agent, Mode, Options};
+pub use host::Host;
+pub use process::{Output, Process};
+pub use tap::{Seen, Tap};
+pub use world::{Pod, World};

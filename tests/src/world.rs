@@ -1,0 +1,395 @@
+//! A whole world: two nodes and an outside host joined by wires, pods on the nodes, an authority
+//! and an agent on each node. Dropping it removes everything, also after a panic.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::agent::{Agent, Mode, Options};
+use crate::host::{Host, bin};
+use crate::process::Process;
+use crate::sweep;
+use crate::tap::Tap;
+
+/// The trust domain of every world.
+pub const TRUST_DOMAIN: &str = "test.local";
+/// Where the authority serves, on node 1.
+pub const AUTHORITY: &str = "192.168.50.1:15012";
+
+/// A world.
+#[derive(Debug)]
+pub struct World {
+    id: String,
+    // Processes before namespaces: fields drop in order.
+    authority: Option<Process>,
+    agents: BTreeMap<String, Agent>,
+    nodes: BTreeMap<String, Host>,
+    pods: BTreeMap<String, Pod>,
+    services: Vec<Service>,
+    options: Options,
+    keep: bool,
+}
+
+/// A pod: a namespace and a cgroup on a node, with an identity.
+#[derive(Debug)]
+pub struct Pod {
+    /// Where its programs run.
+    pub host: Host,
+    /// Its node.
+    pub node: String,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+    /// Its mode, as the directory has it.
+    pub mode: Mode,
+    /// Whether the directory knows it.
+    pub listed: bool,
+}
+
+impl Pod {
+    /// An address of the pod with a port.
+    pub fn v4(&self, port: u16) -> String {
+        SocketAddr::from((self.v4, port)).to_string()
+    }
+
+    /// Its IPv6 address with a port.
+    pub fn v6(&self, port: u16) -> String {
+        SocketAddr::from((self.v6, port)).to_string()
+    }
+}
+
+#[derive(Debug)]
+struct Service {
+    name: String,
+    address: IpAddr,
+    port: u16,
+    target: u16,
+    endpoints: Vec<String>,
+}
+
+impl World {
+    /// Nodes, wires and the outside host; no pods and no agents yet.
+    ///
+    /// # Errors
+    /// When the machine lacks something: root, iproute2, cgroup v2.
+    pub fn new(options: Options) -> Result<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            anyhow::bail!("worlds need root: they are made of network namespaces");
+        }
+        sweep::stale();
+        let id = format!("{}-{:04x}", std::process::id(), fastrand::u16(..));
+        let mut world = Self {
+            id,
+            authority: None,
+            agents: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            services: Vec::new(),
+            options,
+            keep: false,
+        };
+        std::fs::create_dir_all(world.dir()).context("a tmpfs at /dev/shm is needed")?;
+        for node in ["n1", "n2", "out"] {
+            let host = Host::new(world.netns_name(node), None)?;
+            world.nodes.insert(node.into(), host);
+        }
+        world.wires()?;
+        Ok(world)
+    }
+
+    /// The usual world: pods `client` on node 1 and `server` on node 2, both strict, everything
+    /// running and ready.
+    ///
+    /// # Errors
+    /// When anything does not come up.
+    pub fn usual() -> Result<Self> {
+        let mut world = Self::new(Options::default())?;
+        world.pod("client", "n1", Mode::Strict)?;
+        world.pod("server", "n2", Mode::Strict)?;
+        world.start()?;
+        Ok(world)
+    }
+
+    /// Names everything that is the world's.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where its files are: on a tmpfs, as keys never touch a disk.
+    pub fn dir(&self) -> PathBuf {
+        PathBuf::from("/dev/shm").join(format!("hauberk-{}", self.id))
+    }
+
+    fn netns_name(&self, host: &str) -> String {
+        format!("hbk-{}-{host}", self.id)
+    }
+
+    /// The cgroup above all pods of a node.
+    ///
+    /// # Errors
+    /// When no cgroup v2 is mounted.
+    pub fn pods_cgroup(&self, node: &str) -> Result<PathBuf> {
+        Ok(sweep::cgroup_root()?.join(format!("hauberk-{}", self.id)).join(node).join("pods"))
+    }
+
+    /// Leaves everything running when the world is dropped.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+
+    fn wires(&self) -> Result<()> {
+        let (n1, n2, out) = (self.host("n1"), self.host("n2"), self.host("out"));
+        for (one, other, name, net) in [(n1, n2, "wire", 50), (n1, out, "uplink", 60)] {
+            one.ip(&["link", "add", name, "type", "veth", "peer", "name", name, "netns", &other.name])?;
+            for (host, last) in [(one, 1), (other, 2)] {
+                host.ip(&["addr", "add", &format!("192.168.{net}.{last}/24"), "dev", name])?;
+                host.ip(&["addr", "add", &format!("fd{net}::{last}/64"), "dev", name, "nodad"])?;
+                host.ip(&["link", "set", name, "up"])?;
+            }
+        }
+        for node in [n1, n2] {
+            node.sysctl("net/ipv4/ip_forward", "1")?;
+            node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        }
+        n1.ip(&["route", "add", "10.1.2.0/24", "via", "192.168.50.2"])?;
+        n1.ip(&["-6", "route", "add", "fd00:2::/64", "via", "fd50::2"])?;
+        n2.ip(&["route", "add", "10.1.1.0/24", "via", "192.168.50.1"])?;
+        n2.ip(&["-6", "route", "add", "fd00:1::/64", "via", "fd50::1"])?;
+        n2.ip(&["route", "add", "192.168.60.0/24", "via", "192.168.50.1"])?;
+        n2.ip(&["-6", "route", "add", "fd60::/64", "via", "fd50::1"])?;
+        out.ip(&["route", "add", "default", "via", "192.168.60.1"])?;
+        out.ip(&["-6", "route", "add", "default", "via", "fd60::1"])
+    }
+
+    /// A node, or the outside host (`out`).
+    ///
+    /// # Panics
+    /// When there is no such host: a mistake in the test.
+    pub fn host(&self, name: &str) -> &Host {
+        self.nodes.get(name).unwrap_or_else(|| panic!("no host {name}"))
+    }
+
+    /// A pod by name.
+    ///
+    /// # Panics
+    /// When there is no such pod: a mistake in the test.
+    pub fn get(&self, name: &str) -> &Pod {
+        self.pods.get(name).unwrap_or_else(|| panic!("no pod {name}"))
+    }
+
+    /// A node's agent.
+    ///
+    /// # Panics
+    /// When it was not started: a mistake in the test.
+    pub fn agent(&mut self, node: &str) -> &mut Agent {
+        self.agents.get_mut(node).unwrap_or_else(|| panic!("no agent on {node}"))
+    }
+
+    /// Makes a pod; its service account has its name.
+    ///
+    /// # Errors
+    /// When a namespace, link or cgroup cannot be made.
+    pub fn pod(&mut self, name: &str, node: &str, mode: Mode) -> Result<&Pod> {
+        let number = u8::try_from(self.pods.len() + 2).context("too many pods")?;
+        let node_number = if node == "n1" { 1 } else { 2 };
+        let cgroup = self.pods_cgroup(node)?.join(name);
+        let host = Host::new(self.netns_name(name), Some(cgroup))?;
+        let v4 = Ipv4Addr::new(10, 1, node_number, number);
+        let v6 = Ipv6Addr::new(0xfd00, node_number.into(), 0, 0, 0, 0, 0, number.into());
+        let on = self.host(node);
+        let link = format!("pod{number}");
+        // As routed CNIs do it: a /32, and a gateway that every host end has.
+        on.ip(&["link", "add", &link, "type", "veth", "peer", "name", "eth0", "netns", &host.name])?;
+        on.ip(&["addr", "add", "169.254.1.1/32", "dev", &link])?;
+        on.ip(&["link", "set", &link, "up"])?;
+        on.ip(&["-6", "addr", "add", "fe80::1/64", "dev", &link, "nodad"])?;
+        host.ip(&["addr", "add", &format!("{v4}/32"), "dev", "eth0"])?;
+        host.ip(&["-6", "addr", "add", &format!("{v6}/128"), "dev", "eth0", "nodad"])?;
+        host.ip(&["link", "set", "eth0", "up"])?;
+        host.ip(&["route", "add", "169.254.1.1", "dev", "eth0", "scope", "link"])?;
+        host.ip(&["route", "add", "default", "via", "169.254.1.1", "dev", "eth0"])?;
+        host.ip(&["-6", "route", "add", "default", "via", "fe80::1", "dev", "eth0"])?;
+        on.ip(&["route", "add", &v4.to_string(), "dev", &link])?;
+        on.ip(&["-6", "route", "add", &v6.to_string(), "dev", &link])?;
+        let pod = Pod { host, node: node.into(), v4, v6, mode, listed: true };
+        self.pods.insert(name.into(), pod);
+        Ok(self.get(name))
+    }
+
+    /// Adds a service with a virtual address in front of pods.
+    pub fn service(&mut self, name: &str, address: &str, port: u16, target: u16, endpoints: &[&str]) {
+        // A literal of the test.
+        let address = address.parse().unwrap_or_else(|_| panic!("not an address: {address}"));
+        let endpoints = endpoints.iter().map(|e| (*e).to_owned()).collect();
+        self.services.push(Service { name: name.into(), address, port, target, endpoints });
+    }
+
+    /// Changes what the directory says of a pod, and writes it.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn change(&mut self, pod: &str, change: impl FnOnce(&mut Pod)) -> Result<()> {
+        change(self.pods.get_mut(pod).unwrap_or_else(|| panic!("no pod {pod}")));
+        self.write_directory()
+    }
+
+    /// Where the directory's file is.
+    pub fn directory_file(&self) -> PathBuf {
+        self.dir().join("directory.yaml")
+    }
+
+    /// Writes the directory as the world is now.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_directory(&self) -> Result<()> {
+        let mut text = String::from("workloads:\n");
+        for (name, pod) in self.pods.iter().filter(|(_, pod)| pod.listed) {
+            let netns = pod.host.netns();
+            writeln!(
+                text,
+                "  - {{name: {name}, namespace: demo, serviceAccount: {name}, node: {}, addresses: [{}, '{}'], mode: {}, netns: {}}}",
+                pod.node,
+                pod.v4,
+                pod.v6,
+                pod.mode.as_str(),
+                netns.display()
+            )?;
+        }
+        text.push_str("services:\n");
+        for service in &self.services {
+            let endpoints: Vec<_> = service.endpoints.iter().map(|e| format!("demo/{e}")).collect();
+            writeln!(
+                text,
+                "  - {{name: {}, namespace: demo, addresses: ['{}'], ports: [{{port: {}, targetPort: {}}}], endpoints: [{}]}}",
+                service.name,
+                service.address,
+                service.port,
+                service.target,
+                endpoints.join(", ")
+            )?;
+        }
+        if self.services.is_empty() {
+            text = text.replace("services:\n", "");
+        }
+        // Renamed into place: nobody reads half a file.
+        let new = self.dir().join("directory.new");
+        std::fs::write(&new, text)?;
+        Ok(std::fs::rename(new, self.directory_file())?)
+    }
+
+    /// Starts the authority and an agent on each node, and waits until they are ready.
+    ///
+    /// # Errors
+    /// When one does not get ready; with its log.
+    pub fn start(&mut self) -> Result<()> {
+        self.write_directory()?;
+        for node in ["n1", "n2"] {
+            std::fs::create_dir_all(self.pods_cgroup(node)?)?;
+        }
+        self.start_authority()?;
+        for node in ["n1", "n2"] {
+            self.start_agent(node)?;
+        }
+        for agent in self.agents.values_mut() {
+            agent.wait_ready()?;
+        }
+        Ok(())
+    }
+
+    /// Starts the authority on node 1.
+    ///
+    /// # Errors
+    /// When it does not begin to listen.
+    pub fn start_authority(&mut self) -> Result<()> {
+        let dir = self.dir();
+        let config = format!(
+            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\ndirectory: {{file: {}}}\n",
+            dir.join("authority").display(),
+            self.options.svid_seconds,
+            self.directory_file().display(),
+        );
+        std::fs::write(dir.join("authority.yaml"), config)?;
+        std::fs::write(dir.join("bundle.pem"), self.authority_command(&["bundle"])?)?;
+        let file = dir.join("authority.yaml").to_string_lossy().into_owned();
+        let mut command = self.host("n1").command(&bin("hauberk")?, &["authority", "--config", &file])?;
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("authority.log"))?;
+        command.stdout(log.try_clone()?).stderr(log);
+        self.authority = Some(Process::spawn(command)?);
+        // Literal constants of this file.
+        let address = AUTHORITY.parse()?;
+        let listening = self.host("n1").wait_listening(address);
+        listening.with_context(|| std::fs::read_to_string(dir.join("authority.log")).unwrap_or_default())
+    }
+
+    /// Stops the authority.
+    pub fn stop_authority(&mut self) {
+        self.authority = None;
+    }
+
+    /// Runs a subcommand of `hauberk authority`; what it printed.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn authority_command(&self, args: &[&str]) -> Result<String> {
+        let file = self.dir().join("authority.yaml");
+        let output =
+            Command::new(bin("hauberk")?).args(["authority", "--config"]).arg(file).args(args).output()?;
+        anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Starts a node's agent, with a new join token; does not wait for it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_agent(&mut self, node: &str) -> Result<()> {
+        let token = self.authority_command(&["token", "--node", node])?;
+        let dir = self.dir().join(node);
+        std::fs::create_dir_all(&dir)?;
+        std::fs::write(dir.join("token"), token)?;
+        let agent = Agent::start(
+            node,
+            self.host(node),
+            dir,
+            &self.dir().join("bundle.pem"),
+            &self.directory_file(),
+            &self.pods_cgroup(node)?,
+            &self.options,
+        )?;
+        self.agents.insert(node.into(), agent);
+        Ok(())
+    }
+
+    /// Listens to the wire between the nodes.
+    ///
+    /// # Errors
+    /// When the packet socket cannot be made.
+    pub fn tap(&self) -> Result<Tap> {
+        Tap::start(self.host("n1"), "wire")
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if std::thread::panicking() {
+            // What the agents said is what one wants to know of a test that failed.
+            for (node, agent) in &self.agents {
+                eprintln!("--- the end of {node}'s log ---\n{}", agent.log_tail(40));
+            }
+        }
+        self.agents.clear();
+        self.authority = None;
+        if let Err(error) = sweep::world(&self.id) {
+            eprintln!("cannot remove all of world {}: {error:#}", self.id);
+        }
+    }
+}
