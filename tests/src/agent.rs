@@ -50,7 +50,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { svid_seconds: 3600, agent_yaml: "drainSeconds: 5\n".into(), log: "info".into() }
+        Self { svid_seconds: 3600, agent_yaml: "drainSeconds: 5\n".into(), log: "info,access=warn".into() }
     }
 }
 

@@ -30,6 +30,8 @@ pub struct World {
     nodes: BTreeMap<String, Host>,
     pods: BTreeMap<String, Pod>,
     services: Vec<Service>,
+    /// Workloads that only the directory knows, as YAML.
+    ghosts: Vec<String>,
     options: Options,
     keep: bool,
 }
@@ -90,6 +92,7 @@ impl World {
             nodes: BTreeMap::new(),
             pods: BTreeMap::new(),
             services: Vec::new(),
+            ghosts: Vec::new(),
             options,
             keep: false,
         };
@@ -137,9 +140,13 @@ impl World {
         Ok(sweep::cgroup_root()?.join(format!("hauberk-{}", self.id)).join(node).join("pods"))
     }
 
-    /// Leaves everything running when the world is dropped.
-    pub fn keep(&mut self) {
+    /// Leaves everything running when the world is dropped, also for later sweeps.
+    ///
+    /// # Errors
+    /// When the mark cannot be written.
+    pub fn keep(&mut self) -> Result<()> {
         self.keep = true;
+        Ok(std::fs::write(self.dir().join("kept"), "")?)
     }
 
     fn wires(&self) -> Result<()> {
@@ -190,6 +197,14 @@ impl World {
         self.agents.get_mut(node).unwrap_or_else(|| panic!("no agent on {node}"))
     }
 
+    /// A node's agent, to look at.
+    ///
+    /// # Panics
+    /// When it was not started: a mistake in the test.
+    pub fn agent_ref(&self, node: &str) -> &Agent {
+        self.agents.get(node).unwrap_or_else(|| panic!("no agent on {node}"))
+    }
+
     /// Makes a pod; its service account has its name.
     ///
     /// # Errors
@@ -229,6 +244,13 @@ impl World {
         self.services.push(Service { name: name.into(), address, port, target, endpoints });
     }
 
+    /// Lists a workload on node 2 that is no pod of this world.
+    pub fn ghost(&mut self, name: &str, address: &str) {
+        self.ghosts.push(format!(
+            "{{name: {name}, namespace: demo, serviceAccount: {name}, node: elsewhere, addresses: ['{address}']}}"
+        ));
+    }
+
     /// Changes what the directory says of a pod, and writes it.
     ///
     /// # Errors
@@ -260,6 +282,9 @@ impl World {
                 pod.mode.as_str(),
                 netns.display()
             )?;
+        }
+        for ghost in &self.ghosts {
+            writeln!(text, "  - {ghost}")?;
         }
         text.push_str("services:\n");
         for service in &self.services {
@@ -383,7 +408,7 @@ impl Drop for World {
         if std::thread::panicking() {
             // What the agents said is what one wants to know of a test that failed.
             for (node, agent) in &self.agents {
-                eprintln!("--- the end of {node}'s log ---\n{}", agent.log_tail(40));
+                eprintln!("--- the end of {node}'s log ---\n{}", agent.log_tail(12));
             }
         }
         self.agents.clear();
