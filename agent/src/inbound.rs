@@ -96,7 +96,7 @@ async fn prove(
     let io = TlsAcceptor::from(config)
         .accept(transport)
         .await
-        .map_err(|error| (tls::reason(&error), error.to_string()))?;
+        .map_err(|error| (tls::reason(&error), tls::explain(&error)))?;
     // The very certificate that was verified in this handshake.
     let (_, session) = io.get_ref();
     if session.alpn_protocol() != Some(tls::ALPN_H2) {

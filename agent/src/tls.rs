@@ -61,6 +61,16 @@ pub fn rustls_reason(error: &Error) -> Reason {
     }
 }
 
+/// What an operator needs to know of a failed handshake: whose identity was not whose.
+pub fn explain(error: &std::io::Error) -> String {
+    let rustls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    match rustls {
+        Some(Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
+        Some(Error::AlertReceived(alert)) => format!("the peer refused us: {alert:?}"),
+        _ => error.to_string(),
+    }
+}
+
 fn certificate_reason(error: &CertificateError) -> Reason {
     match error {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => Reason::Expired,

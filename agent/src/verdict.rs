@@ -120,7 +120,8 @@ impl Reason {
     pub fn verdict(self) -> Verdict {
         match self {
             Self::Done | Self::AppReset | Self::PeerReset | Self::Draining => Verdict::Allowed,
-            Self::NoClientCertificate
+            Self::HandshakeTimeout
+            | Self::NoClientCertificate
             | Self::UnknownIssuer
             | Self::OtherTrustDomain
             | Self::Expired

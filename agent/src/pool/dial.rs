@@ -166,6 +166,6 @@ fn failure(key: &Key, reason: Reason, error: &io::Error) -> Failure {
         }
         _ => "",
     };
-    let detail = format!("{} at {}: {error}{hint}", key.destination, key.address);
+    let detail = format!("{} at {}: {}{hint}", key.destination, key.address, tls::explain(error));
     Failure { reason, detail: detail.into() }
 }
