@@ -22,10 +22,9 @@ fn build_ebpf(out: &Path) -> Result<(), Box<dyn Error>> {
     let mut cargo = Command::new(env::var("CARGO")?);
     // What cargo and clippy set for the build of this package must not reach the inner build.
     for (name, _) in env::vars() {
-        if name.starts_with("CARGO_") || name.starts_with("RUSTC") || name == "RUSTFLAGS" {
-            if name != "CARGO_HOME" {
-                cargo.env_remove(name);
-            }
+        let from_cargo = name.starts_with("CARGO_") || name.starts_with("RUSTC") || name == "RUSTFLAGS";
+        if from_cargo && name != "CARGO_HOME" {
+            cargo.env_remove(name);
         }
     }
     let status = cargo

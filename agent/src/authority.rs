@@ -23,7 +23,15 @@ use service::Service;
 
 /// The generated gRPC code of `proto/authority.proto`.
 pub mod proto {
-    #![allow(missing_docs, clippy::all, unreachable_pub, unused_qualifications, reason = "generated")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        unused_qualifications,
+        clippy::all,
+        clippy::allow_attributes_without_reason,
+        clippy::clone_on_ref_ptr,
+        reason = "generated"
+    )]
     tonic::include_proto!("hauberk.authority.v1");
 }
 

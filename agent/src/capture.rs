@@ -10,7 +10,7 @@ mod listener;
 pub mod mount;
 mod pods;
 mod programs;
-pub mod sys;
+mod sys;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -140,11 +140,12 @@ impl Capture {
         })
     }
 
-    /// Makes the set of captured destinations equal to `addresses`; adds before it removes.
+    /// Makes the set of captured destinations equal to `addresses`, adding before it removes; says
+    /// whether it added any.
     ///
     /// # Errors
     /// When the table is full or cannot be written.
-    pub fn set_mesh(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<(), CaptureError> {
+    pub fn set_mesh(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<bool, CaptureError> {
         replace(&self.mesh, addresses)
             .map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
     }
@@ -238,8 +239,8 @@ fn ip(addr: Addr) -> IpAddr {
     IpAddr::from(addr).to_canonical()
 }
 
-/// Makes a set equal to `addresses`, adding before it removes.
-fn replace(set: &Table<Addr, u32>, addresses: impl Iterator<Item = IpAddr>) -> io::Result<()> {
+/// Makes a set equal to `addresses`, adding before it removes; says whether it added any.
+fn replace(set: &Table<Addr, u32>, addresses: impl Iterator<Item = IpAddr>) -> io::Result<bool> {
     let wanted: HashSet<Addr> = addresses.map(addr).collect();
     let have: HashSet<Addr> = set.keys()?.into_iter().collect();
     for new in wanted.difference(&have) {
@@ -248,5 +249,5 @@ fn replace(set: &Table<Addr, u32>, addresses: impl Iterator<Item = IpAddr>) -> i
     for old in have.difference(&wanted) {
         set.remove(old)?;
     }
-    Ok(())
+    Ok(wanted.difference(&have).next().is_some())
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::capture::{Capture, Listeners};
 use crate::config::AgentConfig;
 use crate::deliver::Deliver;
-use crate::directory::{Directory, Workload};
+use crate::directory::{Directory, Mode, Workload};
 use crate::netns::Netns;
 use crate::pod::Pod;
 use crate::shard::Thread;
@@ -74,10 +74,13 @@ impl Enroller {
     /// Enrols what is wanted and missing, removes what is there and unwanted.
     pub fn apply(&mut self, directory: &Directory) {
         // First the destinations: a pod must never be served with a mesh that lacks a member.
-        if let Err(error) = self.capture.set_mesh(directory.mesh_addresses()) {
-            tracing::error!(%error, "cannot tell the kernel who is in the mesh; trying again");
-            return;
-        }
+        let grown = match self.capture.set_mesh(directory.mesh_addresses()) {
+            Ok(grown) => grown,
+            Err(error) => {
+                tracing::error!(%error, "cannot tell the kernel who is in the mesh; trying again");
+                return;
+            }
+        };
         let node = self.config.node.clone();
         let wanted: BTreeMap<Name, &Arc<Workload>> = directory
             .enrolled_on(&node)
@@ -97,7 +100,19 @@ impl Enroller {
             self.note(name, outcome);
         }
         self.status.lock().retain(|name, _| wanted.contains_key(name));
+        if grown {
+            self.end_plaintext_with_new_members();
+        }
         self.adopt();
+    }
+
+    /// A pod may have had a connection with a destination before that became a member.
+    fn end_plaintext_with_new_members(&self) {
+        for (name, enrolled) in self.enrolled.iter().filter(|(_, e)| e.workload.mode == Mode::Strict) {
+            if let Err(error) = self.capture.end_plaintext_of(&enrolled.workload, &enrolled.netns) {
+                tracing::warn!(workload = name, %error, "cannot end plaintext connections with new members");
+            }
+        }
     }
 
     /// After the first round, what is pinned and was not enrolled again belongs to pods that are gone.

@@ -232,9 +232,11 @@ fn authorize(pod: &Pod, request: &Request<RecvStream>) -> Result<Asked, Reason> 
 /// authenticated identity there; otherwise the one the tunnel comes from.
 fn client(shard: &Shard, peer: &Peer, asked: Asked) -> SocketAddr {
     let directory = shard.directory.load();
-    let believed = asked
-        .source
-        .filter(|source| directory.workload_at(source.ip()).is_some_and(|workload| workload.id == peer.id));
+    let believed = asked.source.filter(|source| {
+        let placed = directory.workload_at(source.ip()).is_some_and(|workload| workload.id == peer.id);
+        // An address of another family is none that the application's socket could report.
+        placed && source.is_ipv4() == asked.authority.is_ipv4()
+    });
     believed.unwrap_or(peer.address)
 }
 

@@ -5,10 +5,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::libc;
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
 
@@ -83,7 +84,27 @@ impl Drop for Home<'_> {
 
 fn cookie_of_this() -> io::Result<u64> {
     let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
-    crate::capture::sys::netns_cookie(socket.as_fd())
+    netns_cookie(socket.as_fd())
+}
+
+/// `SO_NETNS_COOKIE` of a socket (Linux 5.14).
+#[expect(unsafe_code, reason = "a socket option that no crate of ours wraps")]
+fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    /// include/uapi/asm-generic/socket.h; libc has it for some targets only.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: value and length are ours, of the size that is told, and outlive the call.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
 #[cfg(test)]

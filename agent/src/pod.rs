@@ -24,8 +24,11 @@ pub struct Pod {
     /// Cancelled when the pod is removed: ends everything that is its.
     pub gone: CancellationToken,
     /// The TLS configuration for the SVID and bundle it was made from (their generations).
-    server: Mutex<Option<((u64, u64), Arc<ServerConfig>)>>,
+    server: Mutex<Option<Made>>,
 }
+
+/// A TLS configuration, and the generations of SVID and bundle that it was made from.
+type Made = ((u64, u64), Arc<ServerConfig>);
 
 impl Pod {
     /// A pod just enrolled.

@@ -65,16 +65,16 @@ fn a_graceful_stop_waits_for_open_connections_until_its_deadline() {
     let to = world.get("server").v4(8080);
     let mut watch = world.get("server").host.actor_server(&["watch", "0.0.0.0:8080"]).unwrap();
     let mut hold = world.get("client").host.actor_server(&["hold", &to, "1"]).unwrap();
-    assert_eq!(hold.next().unwrap()["alive"], 1);
+    assert_eq!(hold.said().unwrap()["alive"], 1);
     // The connection outlasts the deadline (5 s), and is reset then.
     let took = world.agent("n1").stop(Duration::from_secs(20)).unwrap();
     assert!(took > Duration::from_millis(4500) && took < Duration::from_secs(9), "{took:?}");
-    assert_eq!(watch.next().unwrap()["ended"], "reset");
+    assert_eq!(watch.said().unwrap()["ended"], "reset");
     drop(hold);
 
     world.agent("n1").restart().unwrap();
     let mut hold = world.get("client").host.actor_server(&["hold", &to, "1"]).unwrap();
-    assert_eq!(hold.next().unwrap()["alive"], 1);
+    assert_eq!(hold.said().unwrap()["alive"], 1);
     let ending = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(1000));
         hold.process.close_stdin();
@@ -83,7 +83,7 @@ fn a_graceful_stop_waits_for_open_connections_until_its_deadline() {
     // With nothing open any more it does not wait for the deadline.
     let took = world.agent("n1").stop(Duration::from_secs(20)).unwrap();
     assert!(took > Duration::from_millis(700) && took < Duration::from_secs(4), "{took:?}");
-    assert_eq!(watch.next().unwrap()["ended"], "end", "and the connection ended cleanly");
+    assert_eq!(watch.said().unwrap()["ended"], "end", "and the connection ended cleanly");
     drop(ending.join().unwrap());
 }
 

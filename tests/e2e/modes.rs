@@ -124,7 +124,7 @@ fn connections_from_before_the_enrolment_are_ended() {
     world.change("client", |pod| pod.listed = true).unwrap();
     world.change("server", |pod| pod.listed = true).unwrap();
     world.start().unwrap();
-    let ended = watch.next().unwrap();
+    let ended = watch.said().unwrap();
     assert!(matches!(ended["ended"].as_str(), Some("reset" | "aborted")), "{ended}");
 }
 
@@ -163,7 +163,7 @@ fn certificates_rotate_without_closing_a_connection() {
     let mut watch = server.host.actor_server(&["watch", "0.0.0.0:8080"]).unwrap();
     let _echo = server.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap();
     let mut hold = client.host.actor_server(&["hold", &server.v4(8080), "1"]).unwrap();
-    assert_eq!(hold.next().unwrap()["alive"], 1);
+    assert_eq!(hold.said().unwrap()["alive"], 1);
     let expiry = |node: &str| {
         world.agent_ref(node).metric("hauberk_certificate_expiry_timestamp_seconds", &["sa/client"]).unwrap()
     };
@@ -173,5 +173,5 @@ fn certificates_rotate_without_closing_a_connection() {
     assert!(expiry("n1") >= before + 10.0, "the SVID was renewed meanwhile");
     // The old connection still carries its stream: only now does it end, and cleanly.
     hold.process.close_stdin();
-    assert_eq!(watch.next().unwrap()["ended"], "end");
+    assert_eq!(watch.said().unwrap()["ended"], "end");
 }

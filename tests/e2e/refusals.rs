@@ -292,7 +292,7 @@ fn http_2_abuse_ends_the_abusers_connection_only() {
     // No HTTP/2 at all behind good TLS.
     siege.attack(async {
         let mut tls = shake(to, config).await.unwrap();
-        let garbage: Vec<u8> = (0..20_000u32).map(|i| (i * 7919 >> 3) as u8).collect();
+        let garbage: Vec<u8> = (0..20_000u32).map(|i| ((i * 7919) >> 3) as u8).collect();
         let _ = tls.write_all(&garbage).await;
         let mut answer = Vec::new();
         let _ = tls.read_to_end(&mut answer).await;

@@ -22,7 +22,7 @@ fn each_side_may_end_first() {
     let mut end_first = server.host.actor_server(&["end-first", "0.0.0.0:8081"]).unwrap();
     let seen = client.host.actor(&["send-after-end", &server.v4(8081), "3000000"]).unwrap();
     assert_eq!(seen["read"], "the end", "{seen}");
-    let seen = end_first.next().unwrap();
+    let seen = end_first.said().unwrap();
     assert_eq!((seen["received"].as_u64(), seen["ended"].as_str()), (Some(3_000_000), Some("end")), "{seen}");
 }
 
@@ -65,7 +65,7 @@ fn failures_reach_the_client_as_resets_at_once() {
 
     let mut watch = server.host.actor_server(&["watch", "0.0.0.0:8082"]).unwrap();
     client.host.actor(&["abort", &server.v4(8082)]).unwrap();
-    assert_eq!(watch.next().unwrap()["ended"], "reset", "a client's reset is the server's");
+    assert_eq!(watch.said().unwrap()["ended"], "reset", "a client's reset is the server's");
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn two_thousand_connections_at_once_all_live() {
     let (client, server) = (world.get("client"), world.get("server"));
     let _server = server.host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
     let mut hold = client.host.actor_server(&["hold", &server.v4(8080), "2000"]).unwrap();
-    let seen = hold.next().unwrap();
+    let seen = hold.said().unwrap();
     assert_eq!((seen["ok"].as_u64(), seen["alive"].as_u64()), (Some(2000), Some(2000)), "{seen}");
 }
 
@@ -101,7 +101,7 @@ fn one_pod_may_open_more_connections_than_one_listener_has_ports_for() {
     // address, and it takes the second listener to have more than a thousand at once.
     client.host.sysctl("net/ipv4/ip_local_port_range", "40000 40999").unwrap();
     let mut hold = client.host.actor_server(&["hold", &server.v4(8080), "1800"]).unwrap();
-    let seen = hold.next().unwrap();
+    let seen = hold.said().unwrap();
     assert_eq!((seen["ok"].as_u64(), seen["alive"].as_u64()), (Some(1800), Some(1800)), "{seen}");
     drop(hold);
 
@@ -113,7 +113,7 @@ fn one_pod_may_open_more_connections_than_one_listener_has_ports_for() {
     }
     client.host.sysctl("net/ipv4/ip_local_port_range", "32768 60999").unwrap();
     let mut hold = client.host.actor_server(&["hold", &server.v4(8080), "30000"]).unwrap();
-    let seen = hold.next().unwrap();
+    let seen = hold.said().unwrap();
     assert_eq!((seen["ok"].as_u64(), seen["alive"].as_u64()), (Some(30_000), Some(30_000)), "{seen}");
 }
 
@@ -136,7 +136,7 @@ fn a_reader_that_stops_holds_a_bounded_amount_and_hurts_nobody() {
     let mut pushes: Vec<_> =
         (0..8).map(|_| client.host.actor_server(&["push", &server.v4(8080)]).unwrap()).collect();
     for push in &mut pushes {
-        let written = push.next().unwrap()["written"].as_u64().unwrap();
+        let written = push.said().unwrap()["written"].as_u64().unwrap();
         assert!(written < 64 << 20, "the writer was pushed back after {written} bytes");
     }
     let grown = resident("n1") + resident("n2") - before;

@@ -188,7 +188,7 @@ impl Actor {
     ///
     /// # Errors
     /// When it has ended, or the line is no JSON.
-    pub fn next(&mut self) -> Result<serde_json::Value> {
+    pub fn said(&mut self) -> Result<serde_json::Value> {
         let mut line = String::new();
         std::io::BufRead::read_line(&mut self.lines, &mut line)?;
         serde_json::from_str(&line).with_context(|| format!("not JSON: {line:?}"))

@@ -7,12 +7,31 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill};
 use nix::unistd::Pid;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT and SIGTERM make whatever waits here fail, so that worlds are removed.
+pub fn catch_interrupts() {
+    extern "C" fn note(_: i32) {
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    }
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        // SAFETY: the handler only stores to an atomic, which a signal handler may do.
+        let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::Handler(note)) };
+    }
+}
+
+/// Whether the user has asked to stop.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
 
 /// Where a program is to run.
 #[derive(Debug)]
@@ -124,6 +143,10 @@ impl Process {
     /// # Errors
     /// When it has not ended by then; it is killed.
     pub fn wait(mut self, limit: Duration) -> Result<ExitStatus> {
+        self.wait_for(limit)
+    }
+
+    fn wait_for(&mut self, limit: Duration) -> Result<ExitStatus> {
         let until = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -131,6 +154,9 @@ impl Process {
             }
             if Instant::now() > until {
                 bail!("{} did not end within {limit:?}", self.name);
+            }
+            if interrupted() {
+                bail!("interrupted");
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -166,7 +192,7 @@ pub fn run(mut command: Command, limit: Duration) -> Result<Output> {
     let text = |reader: Option<std::thread::JoinHandle<String>>| {
         reader.and_then(|reader| reader.join().ok()).unwrap_or_default()
     };
-    let status = match wait(&mut process, limit) {
+    let status = match process.wait_for(limit) {
         Ok(status) => status,
         Err(error) => {
             let _ = process.child.kill();
@@ -174,19 +200,6 @@ pub fn run(mut command: Command, limit: Duration) -> Result<Output> {
         }
     };
     Ok(Output { status, stdout: text(stdout), stderr: text(stderr) })
-}
-
-fn wait(process: &mut Process, limit: Duration) -> Result<ExitStatus> {
-    let until = Instant::now() + limit;
-    loop {
-        if let Some(status) = process.child.try_wait()? {
-            return Ok(status);
-        }
-        if Instant::now() > until {
-            bail!("{} did not end within {limit:?}", process.name);
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Reads a pipe on a thread of its own, so that no pipe fills up.

@@ -55,6 +55,20 @@ pub fn remains(id: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// Whatever any world has left that nobody runs any more.
+///
+/// # Errors
+/// When the machine cannot be looked at.
+pub fn all_remains() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for id in ids() {
+        if !has_maker(&id) {
+            found.extend(remains(&id)?);
+        }
+    }
+    Ok(found)
+}
+
 /// Removes a world.
 ///
 /// # Errors
@@ -83,33 +97,38 @@ pub fn world(id: &str) -> Result<()> {
 
 /// Removes worlds whose makers are gone.
 pub fn stale() {
-    let mut ids: Vec<String> = netns_names()
-        .iter()
-        .filter_map(|name| {
-            let rest = name.strip_prefix("hbk-")?;
-            let mut parts = rest.splitn(3, '-');
-            Some(format!("{}-{}", parts.next()?, parts.next()?))
-        })
-        .chain(
-            list(Path::new("/dev/shm"))
-                .iter()
-                .filter_map(|path| Some(path.file_name()?.to_str()?.strip_prefix("hauberk-")?.to_owned())),
-        )
-        .collect();
-    ids.sort();
-    ids.dedup();
-    for id in ids {
-        let maker = id.split('-').next().and_then(|pid| pid.parse::<i32>().ok());
-        // A kept world says so: its maker ended on purpose.
-        let kept = Path::new("/dev/shm").join(format!("hauberk-{id}")).join("kept").exists();
-        if let Some(maker) = maker
-            && !kept
-            && kill(Pid::from_raw(maker), None).is_err()
+    for id in ids() {
+        if !has_maker(&id)
             && let Err(error) = world(&id)
         {
             eprintln!("cannot remove all of stale world {id}: {error:#}");
         }
     }
+}
+
+/// Every world that shows on this machine.
+fn ids() -> Vec<String> {
+    let namespaces = netns_names().into_iter().filter_map(|name| {
+        let mut parts = name.strip_prefix("hbk-")?.splitn(3, '-');
+        Some(format!("{}-{}", parts.next()?, parts.next()?))
+    });
+    let roots = [PathBuf::from("/dev/shm"), cgroup_root().unwrap_or_default()];
+    let dirs = roots.iter().flat_map(|root| list(root)).filter_map(|path| {
+        let id = path.file_name()?.to_str()?.strip_prefix("hauberk-")?.to_owned();
+        // The maker's process ID and a random number.
+        id.split_once('-')?.0.parse::<i32>().ok()?;
+        Some(id)
+    });
+    let mut ids: Vec<String> = namespaces.chain(dirs).collect();
+    ids.sort();
+    ids.dedup();
+    ids
+}
+
+/// Whether the process that made a world still runs.
+fn has_maker(id: &str) -> bool {
+    let maker = id.split('-').next().and_then(|pid| pid.parse().ok());
+    maker.is_some_and(|pid| kill(Pid::from_raw(pid), None).is_ok())
 }
 
 /// Kills whatever is still in a cgroup or below it, and waits for its end.

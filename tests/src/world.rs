@@ -33,7 +33,6 @@ pub struct World {
     /// Workloads that only the directory knows, as YAML.
     ghosts: Vec<String>,
     options: Options,
-    keep: bool,
 }
 
 /// A pod: a namespace and a cgroup on a node, with an identity.
@@ -94,7 +93,6 @@ impl World {
             services: Vec::new(),
             ghosts: Vec::new(),
             options,
-            keep: false,
         };
         std::fs::create_dir_all(world.dir()).context("a tmpfs at /dev/shm is needed")?;
         for node in ["n1", "n2", "out"] {
@@ -138,15 +136,6 @@ impl World {
     /// When no cgroup v2 is mounted.
     pub fn pods_cgroup(&self, node: &str) -> Result<PathBuf> {
         Ok(sweep::cgroup_root()?.join(format!("hauberk-{}", self.id)).join(node).join("pods"))
-    }
-
-    /// Leaves everything running when the world is dropped, also for later sweeps.
-    ///
-    /// # Errors
-    /// When the mark cannot be written.
-    pub fn keep(&mut self) -> Result<()> {
-        self.keep = true;
-        Ok(std::fs::write(self.dir().join("kept"), "")?)
     }
 
     fn wires(&self) -> Result<()> {
@@ -402,9 +391,6 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
         if std::thread::panicking() {
             // What the agents said is what one wants to know of a test that failed.
             for (node, agent) in &self.agents {

@@ -1,1 +1,63 @@
-fn main() {}
+//! The only door to everything that is done with this repository: `cargo xtask --help`.
+
+mod bench;
+mod check;
+mod demo;
+mod fuzz;
+mod layers;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, demo, tests and benchmarks of Hauberk.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Install what the build, the demo and the tests need; says what and why.
+    Setup,
+    /// Show the main job on real programs: two nodes, pods, an authority, two agents.
+    Demo(demo::Demo),
+    /// Everything that must hold: set-up, checks, unit tests, end-to-end tests, fuzzing, the demo.
+    Test(test::Test),
+    /// Formatting, lints, dependencies and the layers of the modules.
+    Check,
+    /// Run each fuzz target for a while.
+    Fuzz(fuzz::Fuzz),
+    /// Measure against the direct path and a pair of HAProxy, side by side.
+    Bench(bench::Bench),
+    /// Remove what killed demos and tests left: namespaces, cgroups, mounts.
+    Clean,
+}
+
+fn main() -> ExitCode {
+    tests::process::catch_interrupts();
+    let outcome = match Cli::parse().verb {
+        Verb::Setup => setup::run(),
+        Verb::Demo(demo) => demo.run(),
+        Verb::Test(test) => test.run(),
+        Verb::Check => check::run(),
+        Verb::Fuzz(fuzz) => fuzz.run(),
+        Verb::Bench(bench) => bench.run(),
+        Verb::Clean => {
+            tests::sweep::stale();
+            Ok(())
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nxtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -20,9 +20,9 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const IPPROTO_TCP: u8 = 6;
 const AF_NETLINK: i32 = 16;
-/// Every state in which bytes can still be sent: established, SYN-sent, SYN-received, FIN-wait-1,
-/// close-wait.
-const LIVE_STATES: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8;
+/// Every state in which bytes can still come or go: established, SYN-sent, SYN-received, FIN-wait-1
+/// and -2, close-wait, last-ACK, closing.
+const LIVE_STATES: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -99,6 +99,7 @@ pub(super) fn destroy(which: impl Fn(&Connection) -> bool) -> io::Result<usize> 
     // Answers come from the kernel at once; a missing one must not hold up an enrolment.
     socket.set_read_timeout(Some(std::time::Duration::from_secs(2)))?;
     let mut ended = 0;
+    let mut failure = None;
     for family in [nix::libc::AF_INET as u8, nix::libc::AF_INET6 as u8] {
         for connection in list(&socket, family)?.iter().filter(|c| which(c)) {
             let request = request(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, connection.family, connection.id);
@@ -107,11 +108,12 @@ pub(super) fn destroy(which: impl Fn(&Connection) -> bool) -> io::Result<usize> 
                 Ok(()) => ended += 1,
                 // It ended by itself meanwhile.
                 Err(e) if e.raw_os_error() == Some(nix::libc::ENOENT) => {}
-                Err(e) => return Err(e),
+                // The others must end all the same.
+                Err(e) => failure = Some(e),
             }
         }
     }
-    Ok(ended)
+    failure.map_or(Ok(ended), Err)
 }
 
 fn request(kind: u16, flags: u16, family: u8, id: SocketId) -> Request {

@@ -69,6 +69,20 @@ impl Pods {
         self.dir.join(format!("pod-{cookie}-{what}"))
     }
 
+    /// Every pod that has a pin.
+    fn pinned(&self) -> io::Result<HashSet<u64>> {
+        let mut found = HashSet::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            let cookie: Option<u64> = name
+                .to_string_lossy()
+                .strip_prefix("pod-")
+                .and_then(|rest| rest.split('-').next()?.parse().ok());
+            found.extend(cookie);
+        }
+        Ok(found)
+    }
+
     /// The pins of a pod, with the part of their names behind the cookie.
     fn pins(&self, cookie: u64) -> io::Result<Vec<(PathBuf, String)>> {
         let prefix = format!("pod-{cookie}-");
@@ -99,7 +113,7 @@ impl Capture {
         self.pods.by_cookie.insert(&cookie, &row).map_err(table)?;
         ensure(
             &self.pods.pin(cookie, "lookup"),
-            self.programs.lookup(),
+            self.programs.lookup(workload.mode),
             Target::Fd(netns.fd()),
             Hook::SkLookup,
         )
@@ -154,7 +168,14 @@ impl Capture {
         remove().map_err(|source| CaptureError::Table { what: "remove an egress guard", source })
     }
 
-    /// Ends connections with mesh members that began before the pod was strict.
+    /// Ends a strict pod's connections with members that began before both were in the mesh.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn end_plaintext_of(&self, workload: &Workload, netns: &Netns) -> Result<(), CaptureError> {
+        netns.enter(|| self.end_plaintext(workload)).map_err(CaptureError::Netns)
+    }
+
     fn end_plaintext(&self, workload: &Workload) {
         let Ok(mesh) = self.mesh.keys() else { return };
         let mesh: HashSet<IpAddr> = mesh.into_iter().map(ip).collect();
@@ -217,10 +238,11 @@ impl Capture {
     /// When one cannot be removed.
     pub fn retain(&self, keep: &HashSet<u64>) -> Result<(), CaptureError> {
         let table = |source| CaptureError::Table { what: "read the table of pods", source };
-        for cookie in self.pods.by_cookie.keys().map_err(table)? {
-            if !keep.contains(&cookie) {
-                self.remove(cookie)?;
-            }
+        let rows = self.pods.by_cookie.keys().map_err(table)?;
+        // Pins without a row are left when an agent dies between the two.
+        let pins = self.pods.pinned().map_err(table)?;
+        for cookie in rows.into_iter().chain(pins).filter(|cookie| !keep.contains(cookie)) {
+            self.remove(cookie)?;
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use aya::{Ebpf, EbpfLoader};
 
 use super::sys::{Hook, Link, Target};
 use super::{CaptureError, mount};
+use crate::directory::Mode;
 
 /// Every map of the object; all are pinned, so that a restarted agent finds the same contents.
 const MAPS: [&str; 10] = [
@@ -44,6 +45,7 @@ pub(super) struct Programs {
     object: Ebpf,
     dir: PathBuf,
     lookup: OwnedFd,
+    strict: OwnedFd,
     guard: OwnedFd,
 }
 
@@ -61,13 +63,17 @@ impl Programs {
             load(program).map_err(|e| refused(name, &e))?;
         }
         let lookup = program(&object, "hauberk_lookup")?;
+        let strict = program(&object, "hauberk_strict")?;
         let guard = program(&object, "hauberk_guard")?;
-        Ok(Self { object, dir: dir.into(), lookup, guard })
+        Ok(Self { object, dir: dir.into(), lookup, strict, guard })
     }
 
-    /// The program for new connections that arrive at a pod.
-    pub(super) fn lookup(&self) -> BorrowedFd<'_> {
-        self.lookup.as_fd()
+    /// The program for new connections that arrive at a pod of this mode.
+    pub(super) fn lookup(&self, mode: Mode) -> BorrowedFd<'_> {
+        match mode {
+            Mode::Strict => self.strict.as_fd(),
+            Mode::Permissive | Mode::Off => self.lookup.as_fd(),
+        }
     }
 
     /// The program for packets that leave a strict pod.
@@ -124,14 +130,17 @@ impl Programs {
 
 /// Attaches a program and pins the link; or puts it into the link that is pinned already.
 pub(super) fn ensure(pin: &Path, program: BorrowedFd<'_>, target: Target<'_>, hook: Hook) -> io::Result<()> {
-    if pin.exists() {
-        if Link::open(pin).and_then(|link| link.update(program)).is_ok() {
-            return Ok(());
-        }
-        // Its target is gone: the pin holds nothing any more.
-        fs::remove_file(pin)?;
+    if !pin.exists() {
+        return Link::create(program, target, hook)?.pin(pin);
     }
-    Link::create(program, target, hook)?.pin(pin)
+    if Link::open(pin).and_then(|link| link.update(program)).is_ok() {
+        return Ok(());
+    }
+    // Whatever is wrong with the old link (most likely its target is gone), it stays until the new
+    // one is attached: there is no instant without.
+    let link = Link::create(program, target, hook)?;
+    fs::remove_file(pin)?;
+    link.pin(pin)
 }
 
 fn load(program: &mut Program) -> Result<(), aya::programs::ProgramError> {

@@ -1,4 +1,4 @@
-//! The kernel boundary: bpf(2) where aya has no call for it, and one socket option.
+//! The kernel boundary: bpf(2) where aya has no call for it.
 //!
 //! aya loads objects and programs. What it lacks, or offers only behind `&mut`, is here: links that
 //! can be pinned, found again and updated in place, and map access shared between threads.
@@ -29,7 +29,7 @@ const LINK_UPDATE: libc::c_int = 29;
 /// Where a program is attached: `enum bpf_attach_type`, include/uapi/linux/bpf.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Hook {
+pub(super) enum Hook {
     /// TCP events of a cgroup's sockets.
     SockOps = 3,
     /// connect(), IPv4.
@@ -77,18 +77,18 @@ fn c_path(path: &Path) -> io::Result<CString> {
 }
 
 /// Opens what is pinned at a path.
-pub fn open(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     owned(bpf(OBJ_GET, &Object { path: path.as_ptr() as u64, fd: 0, flags: 0 })?)
 }
 
 /// A program's attachment. It lives as long as this or a pin of it does.
 #[derive(Debug)]
-pub struct Link(OwnedFd);
+pub(super) struct Link(OwnedFd);
 
 /// What a link is attached to.
 #[derive(Clone, Copy, Debug)]
-pub enum Target<'a> {
+pub(super) enum Target<'a> {
     /// A cgroup directory or a network namespace.
     Fd(BorrowedFd<'a>),
     /// An interface of the calling thread's network namespace.
@@ -97,7 +97,7 @@ pub enum Target<'a> {
 
 impl Link {
     /// Attaches a program.
-    pub fn create(program: BorrowedFd<'_>, target: Target<'_>, hook: Hook) -> io::Result<Self> {
+    pub(super) fn create(program: BorrowedFd<'_>, target: Target<'_>, hook: Hook) -> io::Result<Self> {
         #[repr(C)]
         struct Create {
             program: u32,
@@ -114,12 +114,12 @@ impl Link {
     }
 
     /// Opens a pinned link.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         open(path).map(Self)
     }
 
     /// Puts another program in place of the attached one, with no instant between.
-    pub fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+    pub(super) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         #[repr(C)]
         struct Update {
             link: u32,
@@ -132,7 +132,7 @@ impl Link {
     }
 
     /// Keeps the link alive beyond this process.
-    pub fn pin(&self, path: &Path) -> io::Result<()> {
+    pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
         let path = c_path(path)?;
         let attributes = Object { path: path.as_ptr() as u64, fd: number(self.0.as_fd()), flags: 0 };
         bpf(OBJ_PIN, &attributes).map(drop)
@@ -141,7 +141,7 @@ impl Link {
 
 /// A hash map shared between threads; every call is one system call and atomic.
 #[derive(Debug)]
-pub struct Table<K, V> {
+pub(super) struct Table<K, V> {
     fd: OwnedFd,
     rows: PhantomData<fn(K, V)>,
 }
@@ -162,7 +162,7 @@ where
 {
     /// Opens the pinned map at a path. Its rows must be `K` and `V`: the pin's directory carries the
     /// contract's version.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         Ok(Self { fd: open(path)?, rows: PhantomData })
     }
 
@@ -171,12 +171,12 @@ where
     }
 
     /// Inserts or replaces a row.
-    pub fn insert(&self, key: &K, value: &V) -> io::Result<()> {
+    pub(super) fn insert(&self, key: &K, value: &V) -> io::Result<()> {
         bpf(MAP_UPDATE_ELEM, &self.element(key, value)).map(drop)
     }
 
     /// Removes a row; it is no error when there is none.
-    pub fn remove(&self, key: &K) -> io::Result<()> {
+    pub(super) fn remove(&self, key: &K) -> io::Result<()> {
         match bpf(MAP_DELETE_ELEM, &self.element(key, std::ptr::null())) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
@@ -184,12 +184,12 @@ where
     }
 
     /// Reads a row.
-    pub fn get(&self, key: &K) -> io::Result<Option<V>> {
+    pub(super) fn get(&self, key: &K) -> io::Result<Option<V>> {
         self.read(MAP_LOOKUP_ELEM, key)
     }
 
     /// Takes a row out.
-    pub fn take(&self, key: &K) -> io::Result<Option<V>> {
+    pub(super) fn take(&self, key: &K) -> io::Result<Option<V>> {
         self.read(MAP_LOOKUP_AND_DELETE_ELEM, key)
     }
 
@@ -205,7 +205,7 @@ where
     }
 
     /// Every key, as far as other writers leave the table alone meanwhile.
-    pub fn keys(&self) -> io::Result<Vec<K>> {
+    pub(super) fn keys(&self) -> io::Result<Vec<K>> {
         let mut keys: Vec<K> = Vec::new();
         loop {
             let mut next = K::new_zeroed();
@@ -224,23 +224,4 @@ where
             }
         }
     }
-}
-
-/// `SO_NETNS_COOKIE` of a socket (Linux 5.14).
-pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    /// include/uapi/asm-generic/socket.h; libc has it for some targets only.
-    const SO_NETNS_COOKIE: libc::c_int = 71;
-    let mut cookie = 0u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: value and length are ours, of the size that is told, and outlive the call.
-    let outcome = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            std::ptr::from_mut(&mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }

@@ -20,7 +20,10 @@ pub enum Format {
 pub fn start(format: Format, filter: Option<&str>) -> anyhow::Result<()> {
     let filter = match filter {
         Some(filter) => EnvFilter::try_new(filter)?,
-        None => EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new("info"))?,
+        None => match std::env::var("RUST_LOG") {
+            Ok(filter) if !filter.is_empty() => EnvFilter::try_new(filter)?,
+            _ => EnvFilter::try_new("info")?,
+        },
     };
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ebpf::VERDICT_COUNT;
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
@@ -58,8 +58,8 @@ pub struct Metrics {
     pool: IntGauge,
     pods: IntGauge,
     expiry: GaugeVec,
-    dropped: IntCounter,
-    kernel: IntGaugeVec,
+    dropped: IntGauge,
+    kernel: IntCounterVec,
     process: Process,
 }
 
@@ -117,14 +117,14 @@ impl Metrics {
             )?,
             dropped: register(
                 &registry,
-                IntCounter::new(
-                    "hauberk_dropped_series_total",
-                    "Series left out because there would be too many.",
+                IntGauge::new(
+                    "hauberk_dropped_series",
+                    "Series left out now because there would be too many.",
                 )?,
             )?,
             kernel: register(
                 &registry,
-                IntGaugeVec::new(
+                IntCounterVec::new(
                     Opts::new(
                         "hauberk_capture_verdicts_total",
                         "Connections judged in the kernel, by verdict. Counts on over restarts of the agent.",
@@ -174,9 +174,13 @@ impl Metrics {
         for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {
             self.expiry.with_label_values(&[id.as_str()]).set(unix(svid.leaf().not_after));
         }
-        self.dropped.inc_by(trust.svids.len().saturating_sub(MAX_CERTIFICATES) as u64);
+        let dropped = trust.svids.len().saturating_sub(MAX_CERTIFICATES);
+        self.dropped.set(i64::try_from(dropped).unwrap_or(i64::MAX));
         for (verdict, count) in KERNEL_VERDICTS.iter().zip(kernel) {
-            self.kernel.with_label_values(&[verdict]).set(i64::try_from(count).unwrap_or(i64::MAX));
+            // The kernel side counts; this only repeats it.
+            let counter = self.kernel.with_label_values(&[verdict]);
+            counter.reset();
+            counter.inc_by(count);
         }
         self.process.read();
         // Encoding into a String cannot fail with names that were registered.
@@ -300,7 +304,7 @@ fn unix(time: SystemTime) -> f64 {
 
 /// What Prometheus' own clients say of a process; the crate's version would bring two more crates.
 struct Process {
-    cpu: Gauge,
+    cpu: Counter,
     resident: IntGauge,
     files: IntGauge,
 }
@@ -313,10 +317,15 @@ impl Process {
         let build = Opts::new("hauberk_build_info", "The running version.")
             .const_label("version", env!("CARGO_PKG_VERSION"));
         register(registry, IntGauge::with_opts(build)?)?.set(1);
+        if let Ok((_, most)) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE) {
+            let files = IntGauge::new("process_max_fds", "Most open file descriptors.")?;
+            files.set(i64::try_from(most).unwrap_or(i64::MAX));
+            register(registry, files)?;
+        }
         Ok(Self {
             cpu: register(
                 registry,
-                Gauge::new("process_cpu_seconds_total", "CPU time used, user and system.")?,
+                Counter::new("process_cpu_seconds_total", "CPU time used, user and system.")?,
             )?,
             resident: register(
                 registry,
@@ -332,7 +341,8 @@ impl Process {
         use nix::sys::time::TimeValLike;
         if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
             let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-            self.cpu.set(micros as f64 / 1e6);
+            self.cpu.reset();
+            self.cpu.inc_by(micros as f64 / 1e6);
         }
         if let Ok(statm) = std::fs::read_to_string("/proc/self/statm")
             && let Some(Ok(pages)) = statm.split(' ').nth(1).map(str::parse::<i64>)

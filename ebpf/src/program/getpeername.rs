@@ -20,7 +20,8 @@ pub(crate) fn hauberk_getpeername4(ctx: SockAddrContext) -> i32 {
     let Some(peer) = row(raw) else { return ALLOW };
     let now = mapped(read32!(raw, offset_of!(Fields, user_ip4)));
     let port = (read32!(raw, offset_of!(Fields, user_port)) as u16).to_be();
-    if is_current(&peer, &now, port) {
+    // An IPv6 peer has no form that an IPv4 socket could report.
+    if is_current(&peer, &now, port) && split(&peer.addr)[2] == 0xffff_0000 {
         write32!(raw, offset_of!(Fields, user_ip4), split(&peer.addr)[3]);
         write32!(raw, offset_of!(Fields, user_port), u32::from(peer.port.to_be()));
     }

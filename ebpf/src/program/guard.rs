@@ -49,11 +49,14 @@ fn ipv4(ctx: &TcContext, first: u8) -> Option<()> {
         return None;
     }
     let fragment: [u8; 2] = load(ctx, 6)?;
-    // Later fragments have no TCP header; without the first they are no connection.
-    if (u16::from_be_bytes(fragment) & 0x1fff) != 0 {
-        return None;
-    }
     let source = mapped(load(ctx, 12)?);
+    match u16::from_be_bytes(fragment) & 0x1fff {
+        0 => {}
+        // Begins inside the TCP header: nobody but an attacker cuts there (RFC 3128).
+        1 => return refuse(&source, 0, &destination, 0),
+        // Later fragments have no TCP header; without the first they are no connection.
+        _ => return None,
+    }
     tcp(ctx, u32::from(first & 0x0f) * 4, &source, &destination)
 }
 
@@ -83,22 +86,29 @@ fn ipv6(ctx: &TcContext) -> Option<()> {
                 next = header[0];
                 offset += 8;
             }
+            // An authentication header: TCP may be behind it.
+            51 => break,
             _ => return None,
         }
     }
     // More extension headers than anyone needs: nobody shall hide a SYN behind them.
-    report(VERDICT_EGRESS_DROPPED, &source, 0, &destination, 0);
-    Some(())
+    refuse(&source, 0, &destination, 0)
 }
 
 #[inline(always)]
 fn tcp(ctx: &TcContext, offset: u32, source: &Addr, destination: &Addr) -> Option<()> {
-    let flags: u8 = load(ctx, offset + 13)?;
+    // A header cut short before its flags is not TCP that anyone needs.
+    let Some(flags) = load::<u8>(ctx, offset + 13) else { return refuse(source, 0, destination, 0) };
     if flags & (TCP_SYN | TCP_ACK) != TCP_SYN {
         return None;
     }
     let ports: [u8; 4] = load(ctx, offset)?;
     let (from, to) = (u16::from_be_bytes([ports[0], ports[1]]), u16::from_be_bytes([ports[2], ports[3]]));
+    refuse(source, from, destination, to)
+}
+
+#[inline(always)]
+fn refuse(source: &Addr, from: u16, destination: &Addr, to: u16) -> Option<()> {
     report(VERDICT_EGRESS_DROPPED, source, from, destination, to);
     Some(())
 }

@@ -13,7 +13,7 @@ use ebpf::{
     VERDICT_PROBE_ACCEPTED,
 };
 
-use crate::ctx::{join, mapped, read32, same};
+use crate::ctx::{join, mapped, read32, same, split};
 use crate::maps::{EXEMPT, POD_ADDRS, count, report};
 
 type Fields = aya_ebpf::bindings::bpf_sk_lookup;
@@ -22,8 +22,20 @@ const IPPROTO_TCP: u32 = 6;
 const REMOTE_IP6: usize = offset_of!(Fields, remote_ip6);
 const LOCAL_IP6: usize = offset_of!(Fields, local_ip6);
 
+/// Linked to permissive pods.
 #[sk_lookup]
 pub(crate) fn hauberk_lookup(ctx: SkLookupContext) -> u32 {
+    lookup(&ctx, false)
+}
+
+/// Linked to strict pods: what is at an address that the directory does not list is closed too.
+#[sk_lookup]
+pub(crate) fn hauberk_strict(ctx: SkLookupContext) -> u32 {
+    lookup(&ctx, true)
+}
+
+#[inline(always)]
+fn lookup(ctx: &SkLookupContext, strict: bool) -> u32 {
     let raw = ctx.as_ptr();
     if read32!(raw, offset_of!(Fields, protocol)) != IPPROTO_TCP {
         return SK_PASS;
@@ -57,12 +69,25 @@ pub(crate) fn hauberk_lookup(ctx: SkLookupContext) -> u32 {
     }
     // SAFETY: map values are read, never kept.
     let Some(pod) = (unsafe { POD_ADDRS.get(local) }) else {
-        // Loopback, or an address of the pod that the directory does not know.
-        return SK_PASS;
+        // Loopback, or an address of the pod's that the directory does not list.
+        if !strict || is_loopback(&local) {
+            return SK_PASS;
+        }
+        report(VERDICT_PLAINTEXT_REFUSED, &remote, 0, &local, 0);
+        return SK_DROP;
     };
     let port = read32!(raw, offset_of!(Fields, local_port)) as u16;
     let source_port = (read32!(raw, offset_of!(Fields, remote_port)) as u16).to_be();
     judge(pod, &remote, source_port, &local, port)
+}
+
+/// 127.0.0.0/8 or ::1.
+#[inline(always)]
+fn is_loopback(addr: &Addr) -> bool {
+    let words = split(addr);
+    let v4 = words[0] == 0 && words[1] == 0 && words[2] == 0xffff_0000 && words[3] & 0xff == 127;
+    let v6 = words[0] == 0 && words[1] == 0 && words[2] == 0 && words[3] == 1u32.to_be();
+    v4 || v6
 }
 
 #[inline(always)]

@@ -6,13 +6,14 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_SOCK_OPS_TCP_CONNECT_CB,
 };
+use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use core::mem::offset_of;
 use ebpf::{Addr, Captured, Delivery, OriginalDst, Peer};
 
 use crate::ctx::{join, mapped, read_ptr, read32, same};
-use crate::maps::{ORIGINAL_DST, TRUE_SOURCE, peer_of};
+use crate::maps::{ORIGINAL_DST, PODS, TRUE_SOURCE, peer_of};
 
 type Fields = aya_ebpf::bindings::bpf_sock_ops;
 const AF_INET: u32 = 2;
@@ -49,6 +50,10 @@ fn publish(ctx: &SockOpsContext, raw: *mut core::ffi::c_void) {
     if port != peer.real_port || !same(&remote, &peer.real) {
         return;
     }
+    // From another source address (bound to loopback, say) the row's key would be another's.
+    if !same(&local(raw), &remote) {
+        return;
+    }
     let key = Captured { pod: remote, source_port: local_port(raw), listener_port: port };
     let value = OriginalDst { addr: peer.addr, port: peer.port, reserved: [0; 3] };
     // No room: the agent finds nothing and resets the connection.
@@ -65,6 +70,12 @@ fn attribute(raw: *mut core::ffi::c_void) {
     let local = local(raw);
     // The agent delivers from the pod's own address; every other connection is out here.
     if !same(&remote, &local) {
+        return;
+    }
+    // The address must be this very pod's: one that a pod gave itself is not.
+    // SAFETY: the helper takes this program type's context; map values are read, never kept.
+    let Some(pod) = (unsafe { PODS.get(bpf_get_netns_cookie(raw)) }) else { return };
+    if !same(&local, &pod.v4) && !same(&local, &pod.v6) {
         return;
     }
     let key = Delivery { pod: local, source_port, app_port: local_port(raw) };

@@ -1,0 +1,165 @@
+//! Which module of the agent may know which: an edge that is not in the table fails, and so does a
+//! table that has an edge nobody uses. A new edge is a decision, and a commit of its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+use crate::shell::root;
+
+/// A module, and the modules it may name. `run` puts everything together and may name all.
+const LAYERS: [(&str, &[&str]); 26] = [
+    ("verdict", &[]),
+    ("identity", &[]),
+    ("config", &["identity"]),
+    ("ca", &["identity"]),
+    ("trust", &["identity"]),
+    ("tls", &["identity", "verdict"]),
+    ("issue", &["authority", "identity", "tls", "trust"]),
+    ("authority", &["admin", "ca", "config", "directory", "identity", "issue", "tls"]),
+    ("rotate", &["identity", "issue", "trust"]),
+    ("netns", &[]),
+    ("directory", &["config", "identity"]),
+    ("capture", &["config", "directory", "netns"]),
+    ("hbone", &["verdict"]),
+    ("relay", &["hbone", "verdict"]),
+    ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
+    ("deliver", &["capture", "netns"]),
+    ("pod", &["deliver", "directory", "tls", "trust", "verdict"]),
+    ("outbound", &["directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
+    ("inbound", &["hbone", "identity", "pod", "pool", "relay", "shard", "telemetry", "tls", "verdict"]),
+    (
+        "shard",
+        &[
+            "capture",
+            "config",
+            "directory",
+            "inbound",
+            "outbound",
+            "pod",
+            "pool",
+            "telemetry",
+            "trust",
+            "verdict",
+        ],
+    ),
+    ("enrol", &["capture", "config", "deliver", "directory", "netns", "pod", "shard"]),
+    ("telemetry", &["identity", "trust", "verdict"]),
+    ("admin", &["capture", "directory", "enrol", "rotate", "telemetry", "trust"]),
+    ("check", &["capture", "config", "directory", "identity", "tls"]),
+    ("cli", &["authority", "ca", "capture", "check", "config", "run", "telemetry"]),
+    ("lib", &[]),
+];
+
+/// A file this long has more than one idea in it.
+const LONG: usize = 400;
+
+/// Reads the agent's sources against the table.
+pub(crate) fn check() -> Result<()> {
+    let mut used: BTreeSet<(String, String)> = BTreeSet::new();
+    let mut wrong = Vec::new();
+    let src = root().join("agent/src");
+    visit(&src, &mut |path| {
+        let text = fs::read_to_string(path)?;
+        let inside = path.strip_prefix(&src)?;
+        let first = inside.components().next().map(|c| c.as_os_str().to_string_lossy().into_owned());
+        let module = first.unwrap_or_default().trim_end_matches(".rs").to_owned();
+        if text.lines().count() > LONG {
+            println!("  {} has {} lines", inside.display(), text.lines().count());
+        }
+        if module == "main" || module == "run" {
+            return Ok(());
+        }
+        let Some((_, allowed)) = LAYERS.iter().find(|(name, _)| *name == module) else {
+            wrong.push(format!("{module} is not in the table"));
+            return Ok(());
+        };
+        for edge in edges(&text) {
+            if edge == module {
+                continue;
+            }
+            if !allowed.contains(&edge.as_str()) {
+                wrong.push(format!("{} names crate::{edge}, which {module} may not know", inside.display()));
+            }
+            used.insert((module.clone(), edge));
+        }
+        Ok(())
+    })?;
+    for (module, allowed) in LAYERS {
+        for edge in allowed.iter().filter(|edge| !used.contains(&(module.to_owned(), (**edge).to_owned()))) {
+            wrong.push(format!("the table lets {module} know {edge}, which it does not"));
+        }
+    }
+    if !wrong.is_empty() {
+        bail!("layers:\n  {}", wrong.join("\n  "));
+    }
+    Ok(())
+}
+
+fn visit(dir: &Path, each: &mut impl FnMut(&Path) -> Result<()>) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            visit(&path, each)?;
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            each(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The modules that a file names as `crate::x` outside its tests and comments; grouped uses
+/// (`crate::{x, y}`) too.
+fn edges(text: &str) -> BTreeSet<String> {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let code: String =
+        code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let mut found = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + "crate::".len()..];
+        match rest.strip_prefix('{') {
+            Some(group) => {
+                let mut depth = 0;
+                let mut word = String::new();
+                for c in group.chars() {
+                    match c {
+                        '{' => depth += 1,
+                        '}' if depth == 0 => break,
+                        '}' => depth -= 1,
+                        ',' if depth == 0 => {
+                            found.insert(first_word(&word));
+                            word.clear();
+                            continue;
+                        }
+                        _ => {}
+                    }
+                    word.push(c);
+                }
+                found.insert(first_word(&word));
+            }
+            None => {
+                found.insert(first_word(rest));
+            }
+        }
+    }
+    found.remove("");
+    found
+}
+
+fn first_word(text: &str) -> String {
+    text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn edges_are_found_plain_and_grouped_and_not_in_tests() {
+        let text = "use crate::a::B;\nuse crate::{c, d::{E, f}, g};\n/// [`crate::h`]\nfn x() { crate::i::y() }\n#[cfg(test)]\nmod tests { use crate::j; }";
+        let expected: BTreeSet<String> = ["a", "c", "d", "g", "i"].map(str::to_owned).into();
+        assert_eq!(edges(text), expected);
+    }
+}
