@@ -9,11 +9,14 @@
 //! - [`tls`] turns SVIDs and trust bundle into rustls configurations, [`hbone`] speaks CONNECT;
 //! - [`inbound`] is the receiving agent's whole way: accept, authorize, then
 //! - [`deliver`] connects to the application, and [`relay`] moves the bytes, on both sides;
-//! - [`shard`] is one thread of all that.
+//! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], and [`trust`], which is
 //! what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`cli`].
 //! [`run`] alone knows all of them.
+
+// The exceptions are at the kernel boundary, and each says why.
+#![deny(unsafe_code)]
 
 pub mod config;
 pub mod verdict;

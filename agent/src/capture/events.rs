@@ -20,6 +20,7 @@ impl fmt::Debug for Events {
 }
 
 impl Events {
+    #[expect(unsafe_code, reason = "registering a descriptor is a promise about it")]
     pub(super) fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
         // SAFETY: the ring owns its descriptor, returns the same one each time, and closes it only
         // when it is dropped, after the registration.
