@@ -188,7 +188,8 @@ pub struct TunnelConfig {
     pub idle_timeout: Duration,
     /// Most streams on one connection before another is dialled.
     pub max_streams: u32,
-    /// HTTP/2 window of one stream, in bytes: the most a stalled reader makes the agent hold.
+    /// HTTP/2 window of one stream, in bytes: the most a stalled reader makes the agent hold. Room is
+    /// given back by halves of it, so a bulk stream needs several times the bytes in flight.
     pub stream_window: u32,
     /// Handshakes under way at once that an agent accepts; more wait in the kernel's backlog.
     pub max_handshakes: usize,
@@ -202,7 +203,7 @@ impl Default for TunnelConfig {
             handshake_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(300),
             max_streams: 4096,
-            stream_window: 1 << 20,
+            stream_window: 4 << 20,
             max_handshakes: 512,
         }
     }

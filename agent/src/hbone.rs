@@ -6,16 +6,16 @@
 pub mod client;
 pub mod forwarded;
 pub mod server;
+pub mod transport;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use http::StatusCode;
-use tokio::io::BufReader;
-use tokio::net::TcpStream;
 
 use crate::verdict::Reason;
+pub use transport::Transport;
 
 /// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
 pub const REASON_HEADER: &str = "hauberk-reason";
@@ -31,12 +31,9 @@ pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// Largest header block accepted, in bytes: a CONNECT with its few headers needs a tenth.
 pub const MAX_HEADER_BYTES: u32 = 8 * 1024;
 
-/// The transport under TLS. rustls reads at most 4 KiB at a time; the buffer turns sixteen of those
-/// reads into one system call.
-pub type Transport = BufReader<TcpStream>;
-
-/// Size of a transport's read buffer, in bytes.
-pub const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// Most bytes that one stream may have waiting for the connection to send them. Small on purpose: an
+/// application is read while its earlier bytes are on their way, not a window ahead of them.
+pub const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
 /// Both halves of one tunnelled connection.
 #[derive(Debug)]

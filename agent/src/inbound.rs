@@ -9,14 +9,13 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::Request;
-use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::hbone::server::{self, Asked};
-use crate::hbone::{self, READ_BUFFER_BYTES, Recv, Stream, Transport};
+use crate::hbone::{self, Recv, Stream, Transport};
 use crate::identity::SpiffeId;
 use crate::identity::svid::Leaf;
 use crate::pod::Pod;
@@ -92,9 +91,8 @@ async fn prove(
     let config = pod
         .server_config(&shard.trust)
         .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))?;
-    let transport: Transport = BufReader::with_capacity(READ_BUFFER_BYTES, tcp);
     let io = TlsAcceptor::from(config)
-        .accept(transport)
+        .accept(Transport::new(tcp))
         .await
         .map_err(|error| (tls::reason(&error), tls::explain(&error)))?;
     // The very certificate that was verified in this handshake.

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Gives no pages back between two records of a bulk stream (measured: a fifth more throughput).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     // For libraries that ask the process; our own code names its provider. It fails only if there
     // is one already, and nothing ran before this.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hauberk::config::TunnelConfig;
 use hauberk::hbone::client::Ask;
-use hauberk::hbone::{READ_BUFFER_BYTES, Recv, Stream, server};
+use hauberk::hbone::{Recv, Stream, Transport, server};
 use hauberk::identity::bundle::TrustBundle;
 use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
@@ -20,7 +20,7 @@ use hauberk::tls;
 use hauberk::trust::Trust;
 use hauberk::verdict::Reason;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
@@ -67,7 +67,7 @@ async fn peer(root: &Root, who: &str, window: u32) -> (SocketAddr, Arc<AtomicUsi
         while let Ok((tcp, _)) = listener.accept().await {
             let (acceptor, count) = (TlsAcceptor::from(Arc::clone(&config)), Arc::clone(&count));
             tokio::spawn(async move {
-                let transport = BufReader::with_capacity(READ_BUFFER_BYTES, tcp);
+                let transport = Transport::new(tcp);
                 let Ok(io) = acceptor.accept(transport).await else { return };
                 count.fetch_add(1, Ordering::Relaxed);
                 let mut connection = server::start(io, window, 1000).await.unwrap();

@@ -10,7 +10,9 @@ use h2::client::{Builder, Connection, SendRequest};
 use http::{HeaderMap, Method, Request, Uri};
 use tokio_rustls::client::TlsStream;
 
-use super::{CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, Stream, Transport, forwarded};
+use super::{
+    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, Transport, forwarded,
+};
 
 /// Stands for "the peer's SETTINGS have not come": no peer announces this number of streams.
 const SETTINGS_PENDING: usize = 0x7fff_fff1;
@@ -53,7 +55,7 @@ impl Tunnel {
             .max_frame_size(FRAME_BYTES)
             .max_header_list_size(MAX_HEADER_BYTES)
             .initial_max_send_streams(SETTINGS_PENDING)
-            .max_send_buffer_size(stream_window as usize)
+            .max_send_buffer_size(SEND_BUFFER_BYTES)
             .enable_push(false)
             .handshake(io)
             .await?;

@@ -8,7 +8,10 @@ use h2::{RecvStream, SendStream};
 use http::{Method, Request, Response};
 use tokio_rustls::server::TlsStream;
 
-use super::{CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, Transport, forwarded, status};
+use super::{
+    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, SEND_BUFFER_BYTES, Transport, forwarded,
+    status,
+};
 use crate::verdict::Reason;
 
 /// Streams that a peer may open and reset before we have looked at them. More is HTTP/2 rapid reset
@@ -40,7 +43,7 @@ pub async fn start(
         .max_header_list_size(MAX_HEADER_BYTES)
         .max_concurrent_streams(max_streams)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .max_send_buffer_size(stream_window as usize)
+        .max_send_buffer_size(SEND_BUFFER_BYTES)
         .handshake(io)
         .await
 }

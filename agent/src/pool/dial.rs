@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -15,8 +14,8 @@ use tokio_rustls::client::TlsStream;
 use super::slot::Epoch;
 use super::{Failure, Key};
 use crate::config::TunnelConfig;
+use crate::hbone::Transport;
 use crate::hbone::client::Tunnel;
-use crate::hbone::{READ_BUFFER_BYTES, Transport};
 use crate::identity::SpiffeId;
 use crate::identity::svid::X509Svid;
 use crate::telemetry::{Observe, Role};
@@ -118,8 +117,7 @@ impl Dialer {
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         // SNI is off and identities are SPIFFE IDs: the name only fills the API's place.
         let name = ServerName::IpAddress(key.address.ip().into());
-        let transport: Transport = BufReader::with_capacity(READ_BUFFER_BYTES, tcp);
-        let io: TlsStream<Transport> = TlsConnector::from(config).connect(name, transport).await?;
+        let io: TlsStream<Transport> = TlsConnector::from(config).connect(name, Transport::new(tcp)).await?;
         Tunnel::start(io, self.config.stream_window).await.map_err(into_io)
     }
 }
