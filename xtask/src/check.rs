@@ -46,20 +46,8 @@ pub(crate) fn run() -> Result<()> {
     println!(
         "  advisories need a database from the network: `cargo deny check advisories` where there is one"
     );
-    let judge = command(
-        &deny,
-        &[
-            "--workspace",
-            "--log-level",
-            "error",
-            "check",
-            "--config",
-            ".deny.toml",
-            "bans",
-            "licenses",
-            "sources",
-        ],
-    );
+    let judge =
+        command(&deny, &["--workspace", "--log-level", "error", "check", "bans", "licenses", "sources"]);
     crate::shell::run(judge)
 }
 

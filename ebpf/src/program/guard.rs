@@ -130,7 +130,7 @@ fn load<T: Copy>(ctx: &TcContext, offset: u32) -> Option<T> {
             offset,
             value.as_mut_ptr().cast(),
             size_of::<T>() as u32,
-            BPF_HDR_START_NET as u32,
+            BPF_HDR_START_NET,
         )
     };
     // SAFETY: filled, as the helper did not fail.

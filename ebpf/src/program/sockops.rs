@@ -30,11 +30,7 @@ pub(crate) fn hauberk_sockops(ctx: SockOpsContext) -> u32 {
     match read32!(raw, offset_of!(Fields, op)) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => publish(&ctx, raw),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => attribute(raw),
-        BPF_SOCK_OPS_STATE_CB => {
-            if read32!(raw, NEW_STATE) == TCP_CLOSE {
-                withdraw(raw);
-            }
-        }
+        BPF_SOCK_OPS_STATE_CB if read32!(raw, NEW_STATE) == TCP_CLOSE => withdraw(raw),
         _ => {}
     }
     1
