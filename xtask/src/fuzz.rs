@@ -43,7 +43,7 @@ impl Fuzz {
             let time = format!("-max_total_time={}", self.seconds);
             let mut fuzz = command(
                 &binary.to_string_lossy(),
-                &[&time, "-max_len=4096", "-verbosity=0", "-print_final_stats=1"],
+                &[&time, "-max_len=4096", "-verbosity=0", "-print_funcs=0", "-print_final_stats=1"],
             );
             fuzz.arg(&corpus).current_dir(&dir);
             run(fuzz)?;
