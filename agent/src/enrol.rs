@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::capture::{Capture, Listeners};
+use crate::capture::{Capture, CaptureError, Listeners};
 use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, Workload};
@@ -53,12 +53,22 @@ pub struct Enroller {
     enrolled: BTreeMap<Name, Enrolled>,
     status: Arc<Status>,
     adopted: bool,
+    /// The directory that the kernel side's table of members was last made from.
+    meshed: Option<Arc<Directory>>,
 }
 
 impl Enroller {
     /// Nothing enrolled yet; what earlier agents left pinned is adopted by the first [`Enroller::apply`].
     pub fn new(config: Arc<AgentConfig>, capture: Arc<Capture>, threads: Vec<Thread>) -> Self {
-        Self { config, capture, threads, enrolled: BTreeMap::new(), status: Arc::default(), adopted: false }
+        Self {
+            config,
+            capture,
+            threads,
+            enrolled: BTreeMap::new(),
+            status: Arc::default(),
+            adopted: false,
+            meshed: None,
+        }
     }
 
     /// How the local workloads stand.
@@ -72,9 +82,9 @@ impl Enroller {
     }
 
     /// Enrols what is wanted and missing, removes what is there and unwanted.
-    pub fn apply(&mut self, directory: &Directory) {
+    pub fn apply(&mut self, directory: &Arc<Directory>) {
         // First the destinations: a pod must never be served with a mesh that lacks a member.
-        let grown = match self.capture.set_mesh(directory.mesh_addresses()) {
+        let grown = match self.set_mesh(directory) {
             Ok(grown) => grown,
             Err(error) => {
                 tracing::error!(%error, "cannot tell the kernel who is in the mesh; trying again");
@@ -104,6 +114,17 @@ impl Enroller {
             self.end_plaintext_with_new_members();
         }
         self.adopt();
+    }
+
+    /// Tells the kernel side who is in the mesh, if that may have changed; says whether members were
+    /// added.
+    fn set_mesh(&mut self, directory: &Arc<Directory>) -> Result<bool, CaptureError> {
+        if self.meshed.as_ref().is_some_and(|meshed| Arc::ptr_eq(meshed, directory)) {
+            return Ok(false);
+        }
+        let grown = self.capture.set_mesh(directory.mesh_addresses())?;
+        self.meshed = Some(Arc::clone(directory));
+        Ok(grown)
     }
 
     /// A pod may have had a connection with a destination before that became a member.
@@ -196,5 +217,5 @@ fn still_fits(now: &Enrolled, workload: &Workload) -> bool {
     let path = netns_path(workload).unwrap_or_default();
     // A namespace whose file is gone stays enrolled until the directory lets it go: whatever still
     // runs in it stays captured. A file that names another namespace means another pod.
-    same && Netns::open(&path).map_or(true, |found| found.inode() == now.netns.inode())
+    same && Netns::inode_at(&path).map_or(true, |found| found == now.netns.inode())
 }

@@ -37,8 +37,6 @@ struct Peer {
 pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
     let Ok(local) = listener.local_addr() else { return };
     loop {
-        // Taken before accept: what is over the limit waits in the kernel and costs us nothing.
-        let Ok(permit) = Arc::clone(&shard.handshakes).acquire_owned().await else { return };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = pod.gone.cancelled() => return,
@@ -47,6 +45,9 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
         match accepted {
             Ok((tcp, address)) => {
                 let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+                // While there is none, this listener accepts nothing more: what is over the limit waits
+                // in the kernel and costs us nothing. An idle listener holds none.
+                let Ok(permit) = Arc::clone(&shard.handshakes).acquire_owned().await else { return };
                 let (shard, pod) = (shard.clone(), Arc::clone(&pod));
                 shard.clone().spawn(async move {
                     let Some((io, peer)) = handshake(&shard, &pod, tcp, address).await else { return };

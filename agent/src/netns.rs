@@ -38,6 +38,14 @@ impl Netns {
         Ok(netns)
     }
 
+    /// The inode of the namespace that a file names now; compare it with [`Netns::inode`].
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub fn inode_at(path: &Path) -> io::Result<u64> {
+        Ok(std::fs::metadata(path)?.ino())
+    }
+
     /// The kernel's number for it (`SO_NETNS_COOKIE`), never used again for another.
     pub fn cookie(&self) -> u64 {
         self.cookie

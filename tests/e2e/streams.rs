@@ -83,6 +83,24 @@ fn ten_thousand_short_connections_are_all_served() {
 }
 
 #[test]
+fn few_handshakes_at_once_are_enough_for_many_listeners() {
+    // Fewer permits than a pod has listeners: an idle listener must not hold one.
+    let agent_yaml = "tunnel: {maxHandshakes: 1}\n".into();
+    let mut world = World::new(Options { agent_yaml, ..Options::default() }).unwrap();
+    world.pod("client", "n1", Mode::Strict).unwrap();
+    world.pod("server", "n2", Mode::Strict).unwrap();
+    world.pod("other", "n2", Mode::Strict).unwrap();
+    world.start().unwrap();
+    let client = &world.get("client").host;
+    for pod in ["server", "other"] {
+        let _echo = world.get(pod).host.actor_server(&["echo", "0.0.0.0:8080", "[::]:8081"]).unwrap();
+        for to in [world.get(pod).v4(8080), world.get(pod).v6(8081)] {
+            assert_eq!(client.actor(&["many", &to, "64", "16"]).unwrap()["ok"], 64, "{to}");
+        }
+    }
+}
+
+#[test]
 fn two_thousand_connections_at_once_all_live() {
     let world = World::usual().unwrap();
     let (client, server) = (world.get("client"), world.get("server"));

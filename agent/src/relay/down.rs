@@ -15,11 +15,12 @@ use tokio::net::TcpStream;
 use crate::hbone::{self, Recv};
 use crate::verdict::Reason;
 
-/// Chunks below this are gathered. Each chunk that waits costs bookkeeping of its own, so a million
-/// one-byte frames for a stalled reader would cost a hundred times their bytes.
-const SMALL_BYTES: usize = 1024;
+/// Chunks below this that have to wait are copied together. Each one costs bookkeeping of its own and
+/// keeps the whole buffer alive that it was read into, so a million one-byte frames for a stalled
+/// reader would cost many times their bytes.
+const SMALL_BYTES: usize = 16 * 1024;
 /// A gathered chunk grows no larger than this.
-const GATHER_BYTES: usize = 16 * 1024;
+const GATHER_BYTES: usize = 64 * 1024;
 /// Chunks written in one system call.
 const MAX_SLICES: usize = 16;
 
