@@ -203,7 +203,7 @@ impl Default for TunnelConfig {
             handshake_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(300),
             max_streams: 4096,
-            stream_window: 4 << 20,
+            stream_window: 8 << 20,
             max_handshakes: 512,
         }
     }

@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::hbone::server::{self, Asked};
-use crate::hbone::{self, Recv, Stream, Transport};
+use crate::hbone::{self, Recv, Stream, TLS_BUFFER_BYTES, Transport};
 use crate::identity::SpiffeId;
 use crate::identity::svid::Leaf;
 use crate::pod::Pod;
@@ -92,10 +92,11 @@ async fn prove(
     let config = pod
         .server_config(&shard.trust)
         .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))?;
-    let io = TlsAcceptor::from(config)
+    let mut io = TlsAcceptor::from(config)
         .accept(Transport::new(tcp))
         .await
         .map_err(|error| (tls::reason(&error), tls::explain(&error)))?;
+    io.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
     // The very certificate that was verified in this handshake.
     let (_, session) = io.get_ref();
     if session.alpn_protocol() != Some(tls::ALPN_H2) {

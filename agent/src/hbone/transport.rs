@@ -7,18 +7,21 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-/// rustls asks for 4 KiB at a time; this much is read from the kernel instead.
-const BUFFER_BYTES: usize = 64 * 1024;
+/// A new connection's buffer: enough for a handshake, and for little talk.
+const FIRST_BYTES: usize = 16 * 1024;
+/// Doubled up to this while reads fill it. rustls asks for 4 KiB at a time; this much is read from the
+/// kernel instead, a frame of a bulk stream at once.
+const MOST_BYTES: usize = 256 * 1024;
 /// After this much the connection's task gives way. Otherwise it would take everything that the
 /// windows allow before the streams' tasks see a byte of it: they would write in bursts, give room
 /// back in bursts, and the two agents of a bulk transfer would work by turns instead of together.
-const BURST_BYTES: usize = 4 * BUFFER_BYTES;
+const BURST_BYTES: usize = MOST_BYTES;
 
 /// A TCP connection with a read buffer.
 #[derive(Debug)]
 pub struct Transport {
     tcp: TcpStream,
-    buffer: Box<[u8]>,
+    buffer: Vec<u8>,
     /// What of the buffer has been read from the kernel and not yet taken.
     filled: std::ops::Range<usize>,
     burst: usize,
@@ -27,7 +30,7 @@ pub struct Transport {
 impl Transport {
     /// Buffers reads of this connection.
     pub fn new(tcp: TcpStream) -> Self {
-        Self { tcp, buffer: vec![0; BUFFER_BYTES].into_boxed_slice(), filled: 0..0, burst: 0 }
+        Self { tcp, buffer: vec![0; FIRST_BYTES], filled: 0..0, burst: 0 }
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -35,6 +38,10 @@ impl Transport {
             self.burst = 0;
             cx.waker().wake_by_ref();
             return Poll::Pending;
+        }
+        // The last read took all the room there was: there is more where it came from.
+        if self.filled.end == self.buffer.len() && self.buffer.len() < MOST_BYTES {
+            self.buffer = vec![0; 2 * self.buffer.len()];
         }
         let mut buffer = ReadBuf::new(&mut self.buffer);
         if Pin::new(&mut self.tcp).poll_read(cx, &mut buffer)?.is_pending() {

@@ -14,8 +14,8 @@ use tokio_rustls::client::TlsStream;
 use super::slot::Epoch;
 use super::{Failure, Key};
 use crate::config::TunnelConfig;
-use crate::hbone::Transport;
 use crate::hbone::client::Tunnel;
+use crate::hbone::{TLS_BUFFER_BYTES, Transport};
 use crate::identity::SpiffeId;
 use crate::identity::svid::X509Svid;
 use crate::telemetry::{Observe, Role};
@@ -117,7 +117,9 @@ impl Dialer {
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         // SNI is off and identities are SPIFFE IDs: the name only fills the API's place.
         let name = ServerName::IpAddress(key.address.ip().into());
-        let io: TlsStream<Transport> = TlsConnector::from(config).connect(name, Transport::new(tcp)).await?;
+        let mut io: TlsStream<Transport> =
+            TlsConnector::from(config).connect(name, Transport::new(tcp)).await?;
+        io.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         Tunnel::start(io, self.config.stream_window).await.map_err(into_io)
     }
 }

@@ -12,7 +12,7 @@ use crate::hbone::FRAME_BYTES;
 use crate::verdict::Reason;
 
 /// Grown in steps of several frames, so that an allocation serves many reads.
-const ARENA_BYTES: usize = 4 * 65_536;
+const ARENA_BYTES: usize = 1024 * 1024;
 
 thread_local! {
     /// One buffer for all streams of a thread: idle streams hold none, and a small read takes only
