@@ -48,6 +48,17 @@ pub struct Workload {
     pub netns: Option<PathBuf>,
 }
 
+/// A node with an agent of ours on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name; its agent is `spiffe://TRUST-DOMAIN/node/NAME`.
+    pub name: String,
+    /// Where its agent accepts connections that carry every workload's streams (node scope).
+    pub address: IpAddr,
+    /// Its zone, if it is in one: nearer endpoints of a service are preferred.
+    pub zone: Option<String>,
+}
+
 /// A service address and the workloads behind it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -92,16 +103,23 @@ pub struct Directory {
     workloads: Vec<Arc<Workload>>,
     by_address: HashMap<IpAddr, Arc<Workload>>,
     services: HashMap<IpAddr, Arc<Service>>,
+    nodes: HashMap<String, Arc<Node>>,
 }
 
 impl Directory {
-    /// Indexes workloads and services. Addresses must be unique; the sources check that.
-    pub fn new(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>>) -> Self {
+    /// Indexes workloads, services and nodes. Addresses must be unique; the sources check that.
+    pub fn new(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>>, nodes: Vec<Arc<Node>>) -> Self {
         let by_address =
             workloads.iter().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(w)))).collect();
         let services =
             services.iter().flat_map(|s| s.addresses.iter().map(|a| (*a, Arc::clone(s)))).collect();
-        Self { workloads, by_address, services }
+        let nodes = nodes.into_iter().map(|node| (node.name.clone(), node)).collect();
+        Self { workloads, by_address, services, nodes }
+    }
+
+    /// A node that is known to have an agent of ours.
+    pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
+        self.nodes.get(name)
     }
 
     /// Every workload.

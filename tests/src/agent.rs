@@ -46,11 +46,18 @@ pub struct Options {
     pub agent_yaml: String,
     /// The agents' log filter.
     pub log: String,
+    /// Whether the directory lists the nodes, so that agents speak to each other in node scope.
+    pub node_scope: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { svid_seconds: 3600, agent_yaml: "drainSeconds: 5\n".into(), log: "info,access=warn".into() }
+        Self {
+            svid_seconds: 3600,
+            agent_yaml: "drainSeconds: 5\n".into(),
+            log: "info,access=warn".into(),
+            node_scope: true,
+        }
     }
 }
 

@@ -19,6 +19,8 @@ use crate::tap::Tap;
 pub const TRUST_DOMAIN: &str = "test.local";
 /// Where the authority serves, on node 1.
 pub const AUTHORITY: &str = "192.168.50.1:15012";
+/// The nodes that run agents, with their addresses.
+const NODES: [(&str, &str); 2] = [("n1", "192.168.50.1"), ("n2", "192.168.50.2")];
 
 /// A world.
 #[derive(Debug)]
@@ -274,6 +276,12 @@ impl World {
         }
         for ghost in &self.ghosts {
             writeln!(text, "  - {ghost}")?;
+        }
+        if self.options.node_scope {
+            text.push_str("nodes:\n");
+            for (node, address) in NODES {
+                writeln!(text, "  - {{name: {node}, address: {address}}}")?;
+            }
         }
         text.push_str("services:\n");
         for service in &self.services {

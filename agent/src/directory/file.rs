@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{Directory, Live, Mode, Service, Workload};
+use super::{Directory, Live, Mode, Node, Service, Workload};
 use crate::config::{ConfigError, read_yaml};
 use crate::identity::{SpiffeId, TrustDomain};
 
@@ -23,6 +23,16 @@ struct Document {
     workloads: Vec<WorkloadEntry>,
     #[serde(default)]
     services: Vec<ServiceEntry>,
+    #[serde(default)]
+    nodes: Vec<NodeEntry>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct NodeEntry {
+    name: String,
+    address: IpAddr,
+    zone: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -122,7 +132,27 @@ fn build(document: Document, domain: &TrustDomain) -> Result<Directory, Fault> {
         .enumerate()
         .map(|(index, entry)| service(index, entry, &workloads, &mut taken))
         .collect::<Result<Vec<_>, Fault>>()?;
-    Ok(Directory::new(ordered, services))
+    let nodes = nodes(document.nodes, domain, &mut taken)?;
+    Ok(Directory::new(ordered, services, nodes))
+}
+
+fn nodes(
+    entries: Vec<NodeEntry>,
+    domain: &TrustDomain,
+    taken: &mut HashSet<IpAddr>,
+) -> Result<Vec<Arc<Node>>, Fault> {
+    let mut names = HashSet::new();
+    let mut nodes = Vec::new();
+    for (index, entry) in entries.into_iter().enumerate() {
+        let at = |field: &str| format!("nodes[{index}] ({}).{field}", entry.name);
+        SpiffeId::node(domain, &entry.name).map_err(|e| (at("name"), e.to_string()))?;
+        let address = addresses(&[entry.address], taken).map_err(|e| (at("address"), e))?[0];
+        if !names.insert(entry.name.clone()) {
+            return Err((at("name"), "another node has this name".into()));
+        }
+        nodes.push(Arc::new(Node { name: entry.name, address, zone: entry.zone }));
+    }
+    Ok(nodes)
 }
 
 fn service(
@@ -262,6 +292,9 @@ workloads:
                 "services: [{name: s, addresses: [10.0.0.1], ports: [{port: 0, targetPort: 1}], endpoints: []}]",
                 "ports",
             ),
+            ("nodes: [{name: 'a b', address: 10.0.0.1}]", "nodes[0] (a b).name"),
+            ("nodes: [{name: a, address: 127.0.0.1}]", "nodes[0] (a).address"),
+            ("nodes: [{name: a, address: 10.0.0.1}, {name: a, address: 10.0.0.2}]", "nodes[1] (a).name"),
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.contains(place), "{text}: {error}");
