@@ -6,7 +6,6 @@
 pub mod client;
 pub mod forwarded;
 pub mod server;
-pub mod transport;
 
 use std::sync::Arc;
 
@@ -15,18 +14,13 @@ use h2::{RecvStream, SendStream};
 use http::StatusCode;
 
 use crate::verdict::Reason;
-pub use transport::Transport;
 
 /// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
 pub const REASON_HEADER: &str = "hauberk-reason";
 
-/// What rustls may hold encrypted before it is written, in bytes.
-pub const TLS_BUFFER_BYTES: usize = 256 * 1024;
-
 /// Largest DATA payload, sent and accepted. With its 9-byte frame header it fills sixteen TLS records
-/// of 16 KiB exactly, and [`TLS_BUFFER_BYTES`] once: one frame is one `writev`, and wakes its reader
-/// once.
-pub const FRAME_BYTES: u32 = TLS_BUFFER_BYTES as u32 - 9;
+/// of 16 KiB exactly: one frame is one `write`, and wakes its reader once.
+pub const FRAME_BYTES: u32 = 256 * 1024 - 9;
 
 /// HTTP/2's largest window (RFC 9113, section 6.9.1). A connection's window is never the limit, or a
 /// stalled stream could starve its neighbours; each stream's own window bounds what it can hold.

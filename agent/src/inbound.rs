@@ -11,11 +11,9 @@ use h2::server::SendResponse;
 use http::Request;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use crate::hbone::server::{self, Asked};
-use crate::hbone::{self, Recv, Stream, TLS_BUFFER_BYTES, Transport};
+use crate::hbone::{self, Recv, Stream};
 use crate::identity::SpiffeId;
 use crate::identity::svid::Leaf;
 use crate::pod::Pod;
@@ -23,7 +21,7 @@ use crate::pool::dial;
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
 use crate::telemetry::{Finished, Role};
-use crate::tls;
+use crate::tls::{self, stream::TlsStream};
 use crate::verdict::{Direction, Encryption, Reason};
 
 /// An authenticated peer.
@@ -66,7 +64,7 @@ async fn handshake(
     pod: &Pod,
     tcp: TcpStream,
     address: SocketAddr,
-) -> Option<(TlsStream<Transport>, Peer)> {
+) -> Option<(TlsStream, Peer)> {
     let began = Instant::now();
     let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, pod, tcp)).await;
     let (reason, detail) = match outcome {
@@ -86,30 +84,27 @@ async fn prove(
     shard: &Shard,
     pod: &Pod,
     tcp: TcpStream,
-) -> Result<(TlsStream<Transport>, SpiffeId), (Reason, String)> {
+) -> Result<(TlsStream, SpiffeId), (Reason, String)> {
     let internal = |error: io::Error| (Reason::Internal, error.to_string());
     dial::tune(&tcp).map_err(internal)?;
     let config = pod
         .server_config(&shard.trust)
         .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))?;
-    let mut io = TlsAcceptor::from(config)
-        .accept(Transport::new(tcp))
+    let tls::handshake::Established { stream, session } = tls::handshake::accept(config, tcp)
         .await
         .map_err(|error| (tls::reason(&error), tls::explain(&error)))?;
-    io.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-    // The very certificate that was verified in this handshake.
-    let (_, session) = io.get_ref();
-    if session.alpn_protocol() != Some(tls::ALPN_H2) {
+    if session.alpn.as_deref() != Some(tls::ALPN_H2) {
         return Err((Reason::Http2, "the peer did not agree on ALPN h2".into()));
     }
-    let leaf = session.peer_certificates().and_then(|chain| chain.first());
+    // The very certificate that was verified in this handshake.
+    let leaf = session.peer_chain.first();
     let leaf = leaf.ok_or((Reason::NoClientCertificate, "no client certificate".into()))?;
     let id = Leaf::from_der(leaf).map_err(|error| (Reason::BadCertificate, error.to_string()))?.id;
-    Ok((io, id))
+    Ok((stream, id))
 }
 
 /// Serves one tunnel's streams until it ends; asks the peer to leave when the agent drains.
-async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream<Transport>, peer: Peer) {
+async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, peer: Peer) {
     let start = server::start(io, shard.tunnel.stream_window, shard.tunnel.max_streams);
     let mut connection = match timeout(shard.tunnel.handshake_timeout, start).await {
         Ok(Ok(connection)) => connection,
@@ -185,11 +180,11 @@ async fn stream(
             server::refuse(respond, request.into_body(), reason);
             (Relayed { from_app: 0, to_app: 0, reason }, format!("the application: {error}"))
         }
-        Ok(delivered) => {
+        Ok(mut delivered) => {
             let relayed = match server::accept(respond) {
                 Ok(send) => {
                     let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
-                    relay::relay(&delivered.app, stream, shard.stop(&pod.gone)).await
+                    relay::relay(&mut delivered.app, stream, shard.stop(&pod.gone)).await
                 }
                 Err(error) => {
                     relay::reset(&delivered.app);

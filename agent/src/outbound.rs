@@ -35,13 +35,13 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
 }
 
 /// One captured connection, from its original destination to its log line.
-async fn connection(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr, listener_port: u16) {
+async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: SocketAddr, listener_port: u16) {
     let began = Instant::now();
     shard.observe.opened(Direction::Outbound);
     relay::tune(&app);
     let source = SocketAddr::new(source.ip().to_canonical(), source.port());
     let mut way = Way { destination: None, encryption: Encryption::None, key: None };
-    let outcome = carry(&shard, &pod, &app, source, listener_port, &mut way).await;
+    let outcome = carry(&shard, &pod, &mut app, source, listener_port, &mut way).await;
     let (relayed, detail) = match outcome {
         Ok(relayed) => (relayed, "".into()),
         Err(failure) => {
@@ -77,7 +77,7 @@ struct Way {
 async fn carry(
     shard: &Shard,
     pod: &Pod,
-    app: &TcpStream,
+    app: &mut TcpStream,
     source: SocketAddr,
     listener_port: u16,
     way: &mut Way,

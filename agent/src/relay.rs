@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
 
 use crate::hbone::Stream;
 use crate::verdict::Reason;
@@ -35,16 +36,17 @@ pub struct Relayed {
 /// Relays until both directions have ended or one has failed, or until `stop` resolves.
 ///
 /// On a failure the application's socket is reset and the stream is reset too.
-pub async fn relay(app: &TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
+pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
     let mut up = Up::new(stream.send);
     let mut down = Down::new(stream.recv);
     let _lease = stream.lease;
     let mut stop = pin!(stop);
+    let (mut read, write) = app.split();
     let reason = poll_fn(|cx| {
         if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
             return Poll::Ready(reason);
         }
-        poll_both(&mut up, &mut down, app, cx)
+        poll_both(&mut up, &mut down, (&mut read, write.as_ref()), cx)
     })
     .await;
     if reason != Reason::Done {
@@ -54,9 +56,14 @@ pub async fn relay(app: &TcpStream, stream: Stream, stop: impl Future<Output = R
     Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }
 }
 
-fn poll_both(up: &mut Up, down: &mut Down, app: &TcpStream, cx: &mut Context<'_>) -> Poll<Reason> {
-    let up = up.poll(app, cx);
-    let down = down.poll(app, cx);
+fn poll_both(
+    up: &mut Up,
+    down: &mut Down,
+    (read, write): (&mut ReadHalf<'_>, &TcpStream),
+    cx: &mut Context<'_>,
+) -> Poll<Reason> {
+    let up = up.poll(read, cx);
+    let down = down.poll(write, cx);
     match (up, down) {
         // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
         (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),

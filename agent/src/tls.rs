@@ -4,9 +4,14 @@
 //! connection proves both identities anew against the trust of its moment. Connections are pooled,
 //! so that is rare. The crypto provider is always named, never the process-wide default.
 
+mod buffers;
 pub mod client;
+pub mod exporter;
+pub mod handshake;
 pub mod provider;
+mod record;
 pub mod server;
+pub mod stream;
 pub mod verify;
 
 use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hauberk::config::TunnelConfig;
 use hauberk::hbone::client::Ask;
-use hauberk::hbone::{Recv, Stream, Transport, server};
+use hauberk::hbone::{Recv, Stream, server};
 use hauberk::identity::bundle::TrustBundle;
 use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
@@ -22,7 +22,6 @@ use hauberk::verdict::Reason;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::TlsAcceptor;
 
 struct Root {
     issuer: Issuer<'static, KeyPair>,
@@ -65,12 +64,11 @@ async fn peer(root: &Root, who: &str, window: u32) -> (SocketAddr, Arc<AtomicUsi
     let count = Arc::clone(&connections);
     tokio::spawn(async move {
         while let Ok((tcp, _)) = listener.accept().await {
-            let (acceptor, count) = (TlsAcceptor::from(Arc::clone(&config)), Arc::clone(&count));
+            let (config, count) = (Arc::clone(&config), Arc::clone(&count));
             tokio::spawn(async move {
-                let transport = Transport::new(tcp);
-                let Ok(io) = acceptor.accept(transport).await else { return };
+                let Ok(established) = tls::handshake::accept(config, tcp).await else { return };
                 count.fetch_add(1, Ordering::Relaxed);
-                let mut connection = server::start(io, window, 1000).await.unwrap();
+                let mut connection = server::start(established.stream, window, 1000).await.unwrap();
                 while let Some(Ok((request, respond))) = connection.accept().await {
                     tokio::spawn(serve(request, respond));
                 }
@@ -83,10 +81,10 @@ async fn peer(root: &Root, who: &str, window: u32) -> (SocketAddr, Arc<AtomicUsi
 async fn serve(request: http::Request<h2::RecvStream>, respond: h2::server::SendResponse<bytes::Bytes>) {
     let asked = server::parse(&request).unwrap();
     match TcpStream::connect(asked.authority).await {
-        Ok(app) => {
+        Ok(mut app) => {
             let send = server::accept(respond).unwrap();
             let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
-            relay::relay(&app, stream, std::future::pending()).await;
+            relay::relay(&mut app, stream, std::future::pending()).await;
         }
         Err(_) => server::refuse(respond, request.into_body(), Reason::Refused),
     }
@@ -108,11 +106,11 @@ async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near
     let listen = listener.local_addr().unwrap();
     let key = Key { source: id("client"), destination: id(who), address: peer };
     tokio::spawn(async move {
-        while let Ok((tcp, source)) = listener.accept().await {
+        while let Ok((mut tcp, source)) = listener.accept().await {
             let (pool, key) = (pool.clone(), key.clone());
             tokio::spawn(async move {
                 match pool.open(&key, Ask { authority: app, source }).await {
-                    Ok(stream) => drop(relay::relay(&tcp, stream, std::future::pending()).await),
+                    Ok(stream) => drop(relay::relay(&mut tcp, stream, std::future::pending()).await),
                     Err(_) => relay::reset(&tcp),
                 }
             });

@@ -23,7 +23,7 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("netns", &[]),
     ("directory", &["config", "identity"]),
     ("capture", &["config", "directory", "netns"]),
-    ("hbone", &["verdict"]),
+    ("hbone", &["tls", "verdict"]),
     ("relay", &["hbone", "verdict"]),
     ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
     ("deliver", &["capture", "netns"]),

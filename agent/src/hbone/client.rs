@@ -2,17 +2,16 @@
 
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
 use http::{HeaderMap, Method, Request, Uri};
-use tokio_rustls::client::TlsStream;
 
-use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, Transport, forwarded,
-};
+use super::{CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, forwarded};
+use crate::tls::stream::{Flush, TlsStream};
 
 /// Stands for "the peer's SETTINGS have not come": no peer announces this number of streams.
 const SETTINGS_PENDING: usize = 0x7fff_fff1;
@@ -46,10 +45,11 @@ impl Tunnel {
     /// # Errors
     /// When the connection breaks or the peer refuses us.
     pub async fn start(
-        io: TlsStream<Transport>,
+        io: TlsStream,
         stream_window: u32,
-    ) -> Result<(Self, impl Future<Output = Result<(), h2::Error>> + Send), h2::Error> {
-        let (send, mut connection): (_, Connection<_, Bytes>) = Builder::new()
+    ) -> Result<(Self, Driver), h2::Error> {
+        let flush = io.defer_flush();
+        let (send, connection): (_, Connection<_, Bytes>) = Builder::new()
             .initial_window_size(stream_window)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(FRAME_BYTES)
@@ -59,17 +59,18 @@ impl Tunnel {
             .enable_push(false)
             .handshake(io)
             .await?;
+        let mut driver = Driver { connection, flush };
         poll_fn(|cx| {
-            if let Poll::Ready(ended) = std::pin::Pin::new(&mut connection).poll(cx) {
+            if let Poll::Ready(ended) = Pin::new(&mut driver).poll(cx) {
                 return Poll::Ready(ended.and(Err(h2::Reason::NO_ERROR.into())));
             }
-            match connection.max_concurrent_send_streams() {
+            match driver.connection.max_concurrent_send_streams() {
                 SETTINGS_PENDING => Poll::Pending,
                 _ => Poll::Ready(Ok(())),
             }
         })
         .await?;
-        Ok((Self { send, lease: Arc::new(()) }, connection))
+        Ok((Self { send, lease: Arc::new(()) }, driver))
     }
 
     /// Streams in use.
@@ -95,6 +96,25 @@ impl Tunnel {
     pub fn open(&mut self, ask: Ask) -> Result<Stream, h2::Error> {
         let (response, send) = self.send.send_request(request(ask)?, false)?;
         Ok(Stream { send, recv: Recv::Pending(response), lease: Some(Arc::clone(&self.lease)) })
+    }
+}
+
+/// Moves a connection's bytes; resolves when it has ended. What all its streams had to say in one turn
+/// of the thread leaves with one system call.
+#[derive(Debug)]
+pub struct Driver {
+    connection: Connection<TlsStream, Bytes>,
+    flush: Flush,
+}
+
+impl Future for Driver {
+    type Output = Result<(), h2::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let ended = Pin::new(&mut self.connection).poll(cx);
+        // A socket that fails shows in the connection's next read.
+        let _ = self.flush.poll(cx);
+        ended
     }
 }
 

@@ -1,17 +1,18 @@
 //! The accepting end: HTTP/2's limits, and what a CONNECT request says.
 
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::pin;
 
 use bytes::Bytes;
 use h2::server::{Builder, Connection, SendResponse};
 use h2::{RecvStream, SendStream};
 use http::{Method, Request, Response};
-use tokio_rustls::server::TlsStream;
 
 use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, SEND_BUFFER_BYTES, Transport, forwarded,
-    status,
+    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, SEND_BUFFER_BYTES, forwarded, status,
 };
+use crate::tls::stream::{Flush, TlsStream};
 use crate::verdict::Reason;
 
 /// Streams that a peer may open and reset before we have looked at them. More is HTTP/2 rapid reset
@@ -32,11 +33,12 @@ pub struct Asked {
 /// # Errors
 /// When the peer does not speak HTTP/2, or breaks the connection.
 pub async fn start(
-    io: TlsStream<Transport>,
+    io: TlsStream,
     stream_window: u32,
     max_streams: u32,
-) -> Result<Connection<TlsStream<Transport>, Bytes>, h2::Error> {
-    Builder::new()
+) -> Result<Tunnel, h2::Error> {
+    let flush = io.defer_flush();
+    let handshake = Builder::new()
         .initial_window_size(stream_window)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME_BYTES)
@@ -44,8 +46,43 @@ pub async fn start(
         .max_concurrent_streams(max_streams)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
         .max_send_buffer_size(SEND_BUFFER_BYTES)
-        .handshake(io)
+        .handshake(io);
+    let mut handshake = pin!(handshake);
+    let connection = poll_fn(|cx| {
+        let done = handshake.as_mut().poll(cx);
+        // A socket that fails shows in the connection's next read.
+        let _ = flush.poll(cx);
+        done
+    });
+    Ok(Tunnel { connection: connection.await?, flush })
+}
+
+/// A live HTTP/2 connection that a peer opens streams on. It moves bytes only while
+/// [`Tunnel::accept`] is waited for.
+#[derive(Debug)]
+pub struct Tunnel {
+    connection: Connection<TlsStream, Bytes>,
+    flush: Flush,
+}
+
+impl Tunnel {
+    /// The next request; `None` when the connection has ended.
+    pub async fn accept(&mut self) -> Option<Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>> {
+        poll_fn(|cx| {
+            let accepted = self.connection.poll_accept(cx);
+            if accepted.is_pending() {
+                // What all streams had to say in this turn of the thread leaves with one system call.
+                let _ = self.flush.poll(cx);
+            }
+            accepted
+        })
         .await
+    }
+
+    /// Asks the peer to open no more streams; those that are open go on.
+    pub fn graceful_shutdown(&mut self) {
+        self.connection.graceful_shutdown();
+    }
 }
 
 /// Reads a request.

@@ -8,14 +8,11 @@ use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use super::slot::Epoch;
 use super::{Failure, Key};
 use crate::config::TunnelConfig;
-use crate::hbone::client::Tunnel;
-use crate::hbone::{TLS_BUFFER_BYTES, Transport};
+use crate::hbone::client::{Driver, Tunnel};
 use crate::identity::SpiffeId;
 use crate::identity::svid::X509Svid;
 use crate::telemetry::{Observe, Role};
@@ -112,15 +109,13 @@ impl Dialer {
         svid: &X509Svid,
         snapshot: &Snapshot,
         tcp: TcpStream,
-    ) -> io::Result<(Tunnel, impl Future<Output = Result<(), h2::Error>> + Send + use<>)> {
+    ) -> io::Result<(Tunnel, Driver)> {
         let config = tls::client::config(svid, &snapshot.bundle, key.destination.clone())
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         // SNI is off and identities are SPIFFE IDs: the name only fills the API's place.
         let name = ServerName::IpAddress(key.address.ip().into());
-        let mut io: TlsStream<Transport> =
-            TlsConnector::from(config).connect(name, Transport::new(tcp)).await?;
-        io.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-        Tunnel::start(io, self.config.stream_window).await.map_err(into_io)
+        let established = tls::handshake::connect(config, name, tcp).await?;
+        Tunnel::start(established.stream, self.config.stream_window).await.map_err(into_io)
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use h2::SendStream;
-use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
+use tokio_util::io::poll_read_buf;
 
 use crate::hbone::FRAME_BYTES;
 use crate::verdict::Reason;
@@ -44,7 +46,7 @@ impl Up {
     }
 
     /// Moves what can be moved; ready once the application's end was passed on.
-    pub(super) fn poll(&mut self, app: &TcpStream, cx: &mut Context<'_>) -> Poll<Result<(), Reason>> {
+    pub(super) fn poll(&mut self, app: &mut ReadHalf<'_>, cx: &mut Context<'_>) -> Poll<Result<(), Reason>> {
         if self.ended {
             return Poll::Ready(Ok(()));
         }
@@ -54,8 +56,7 @@ impl Up {
             if let Poll::Ready(outcome) = self.send.poll_reset(cx) {
                 return Poll::Ready(Err(closed(outcome)));
             }
-            ready!(app.poll_read_ready(cx)).map_err(|_| Reason::AppReset)?;
-            match read(app) {
+            match ready!(poll_read(app, cx)) {
                 Ok(chunk) if chunk.is_empty() => {
                     self.send.send_data(chunk, true).map_err(|e| crate::hbone::reason(&e))?;
                     self.ended = true;
@@ -65,7 +66,6 @@ impl Up {
                     self.bytes += chunk.len() as u64;
                     self.waiting = chunk;
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return Poll::Ready(Err(Reason::AppReset)),
             }
         }
@@ -100,8 +100,9 @@ fn closed(outcome: Result<h2::Reason, h2::Error>) -> Reason {
     }
 }
 
-/// Reads what is there, at most one frame. Empty at the end of the stream.
-fn read(app: &TcpStream) -> io::Result<Bytes> {
+/// Reads what is there, at most one frame. Empty at the end of the stream. A read that does not fill its
+/// room has emptied the socket, and tokio then waits for the next event without asking once more.
+fn poll_read(app: &mut ReadHalf<'_>, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
     ARENA.with_borrow_mut(|arena| {
         let frame = FRAME_BYTES as usize;
         if arena.capacity() < frame {
@@ -109,7 +110,7 @@ fn read(app: &TcpStream) -> io::Result<Bytes> {
             *arena = BytesMut::with_capacity(ARENA_BYTES);
         }
         let mut limited = bytes::BufMut::limit(&mut *arena, frame);
-        app.try_read_buf(&mut limited)?;
-        Ok(arena.split().freeze())
+        ready!(poll_read_buf(Pin::new(app), cx, &mut limited))?;
+        Poll::Ready(Ok(arena.split().freeze()))
     })
 }

@@ -1,0 +1,480 @@
+//! An authenticated connection as a byte stream: our record layer over TCP.
+//!
+//! What it must not do: confuse a cut connection with a clean end (a close_notify is the only end),
+//! hold a buffer while idle, or make a system call for each small frame. The last is why flushing can
+//! be deferred: HTTP/2 flushes after each frame, but its driver flushes once for everything that its
+//! streams had ready ([`TlsStream::defer_flush`]).
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use rustls::client::ClientConnectionData;
+use rustls::kernel::KernelConnection;
+use rustls::server::ServerConnectionData;
+use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage, PeerMisbehaved};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::buffers::Buffer;
+use super::record::{self, Content, HEADER_BYTES, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer, TAG_BYTES};
+
+/// Sealed bytes that are written without waiting for a flush: a whole frame of a bulk stream.
+const WRITE_AT_BYTES: usize = 64 * 1024;
+/// A record is not begun with less room than this, unless it is the only one: little records are dear.
+const LEAST_ROOM_BYTES: usize = 2048;
+/// After reading this much the connection's task gives way. Otherwise it would take everything that the
+/// windows allow before the streams' tasks see a byte of it: they would write in bursts, give room
+/// back in bursts, and the two agents of a bulk transfer would work by turns instead of together.
+const BURST_BYTES: usize = 256 * 1024;
+/// Records without data that may come in a row: tickets and key updates are rare, and dear.
+const MAX_CONTROL_RECORDS: u32 = 32;
+/// Longest handshake message taken after the handshake: a ticket with a client's chain fits ten times.
+const MAX_MESSAGE_BYTES: usize = 64 * 1024;
+
+const NEW_SESSION_TICKET: u8 = 4;
+const KEY_UPDATE: u8 = 24;
+/// `KeyUpdate { update_not_requested }` with its header (RFC 8446, section 4.6.3).
+const OUR_KEY_UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
+const WARNING: u8 = 1;
+const FATAL: u8 = 2;
+
+type Secrets = (u64, ConnectionTrafficSecrets);
+
+/// What rustls still does once records are ours: derive keys, keep tickets.
+pub(super) trait Session: Send {
+    fn next_tx(&mut self) -> Result<Secrets, Error>;
+    fn next_rx(&mut self) -> Result<Secrets, Error>;
+    fn ticket(&mut self, payload: &[u8]) -> Result<(), Error>;
+}
+
+impl Session for KernelConnection<ClientConnectionData> {
+    fn next_tx(&mut self) -> Result<Secrets, Error> {
+        self.update_tx_secret()
+    }
+    fn next_rx(&mut self) -> Result<Secrets, Error> {
+        self.update_rx_secret()
+    }
+    fn ticket(&mut self, payload: &[u8]) -> Result<(), Error> {
+        self.handle_new_session_ticket(payload)
+    }
+}
+
+impl Session for KernelConnection<ServerConnectionData> {
+    fn next_tx(&mut self) -> Result<Secrets, Error> {
+        self.update_tx_secret()
+    }
+    fn next_rx(&mut self) -> Result<Secrets, Error> {
+        self.update_rx_secret()
+    }
+    fn ticket(&mut self, _: &[u8]) -> Result<(), Error> {
+        Err(inappropriate())
+    }
+}
+
+fn inappropriate() -> Error {
+    Error::InvalidMessage(InvalidMessage::UnexpectedMessage("a handshake message after the handshake"))
+}
+
+struct Inner {
+    tcp: TcpStream,
+    session: Box<dyn Session>,
+    sealer: Sealer,
+    opener: Opener,
+    /// Read from TCP, not yet opened.
+    incoming: Buffer,
+    /// Sealed, not yet written to TCP.
+    outgoing: Buffer,
+    /// Opened, but with no room at the reader yet.
+    plain: Buffer,
+    /// Part of a handshake message that goes on in the next record.
+    message: Vec<u8>,
+    control_records: u32,
+    burst: usize,
+    peer_closed: bool,
+    /// The peer asked for our next key: it comes before our next data.
+    owes_key_update: bool,
+    said_goodbye: bool,
+    deferred: bool,
+}
+
+/// An authenticated connection.
+pub struct TlsStream {
+    inner: Arc<Mutex<Inner>>,
+}
+
+/// Writes what a [`TlsStream`] has sealed.
+pub struct Flush {
+    inner: Arc<Mutex<Inner>>,
+}
+
+impl std::fmt::Debug for TlsStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsStream").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Flush {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Flush").finish_non_exhaustive()
+    }
+}
+
+impl TlsStream {
+    /// Takes over from the handshake. `received` came behind it and is not opened yet; `plain` is.
+    pub(super) fn new(
+        tcp: TcpStream,
+        secrets: ExtractedSecrets,
+        suite: rustls::SupportedCipherSuite,
+        session: Box<dyn Session>,
+        received: &[u8],
+        plain: &[u8],
+    ) -> Result<Self, Error> {
+        let inner = Inner {
+            tcp,
+            session,
+            sealer: Sealer::new(secrets.tx, suite)?,
+            opener: Opener::new(secrets.rx)?,
+            incoming: holding(received)?,
+            outgoing: Buffer::default(),
+            plain: holding(plain)?,
+            message: Vec::new(),
+            control_records: 0,
+            burst: 0,
+            peer_closed: false,
+            owes_key_update: false,
+            said_goodbye: false,
+            deferred: false,
+        };
+        Ok(Self { inner: Arc::new(Mutex::new(inner)) })
+    }
+
+    /// From now on flushing the stream does nothing: whoever polls its owner must poll the returned
+    /// [`Flush`] afterwards, each time.
+    pub fn defer_flush(&self) -> Flush {
+        lock(&self.inner).deferred = true;
+        Flush { inner: Arc::clone(&self.inner) }
+    }
+}
+
+fn holding(bytes: &[u8]) -> Result<Buffer, Error> {
+    let mut buffer = Buffer::default();
+    if !bytes.is_empty() {
+        let room = buffer.spare().get_mut(..bytes.len());
+        room.ok_or(Error::InvalidMessage(InvalidMessage::MessageTooLarge))?.copy_from_slice(bytes);
+        buffer.fill(bytes.len());
+    }
+    Ok(buffer)
+}
+
+/// Both halves are used by one task, so this never waits.
+fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+    // A panic inside leaves at worst a record half sealed, which the peer refuses.
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Flush {
+    /// Writes everything that is sealed, as far as TCP takes it.
+    ///
+    /// # Errors
+    /// What TCP says.
+    pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.inner).poll_write_out(cx)
+    }
+}
+
+impl Inner {
+    /// Writes to TCP what is sealed.
+    fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.outgoing.is_empty() {
+            let written = ready!(Pin::new(&mut self.tcp).poll_write(cx, self.outgoing.filled()))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.outgoing.consume(written);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, parts: [&[u8]; 2]) -> Poll<io::Result<usize>> {
+        if self.outgoing.len() >= WRITE_AT_BYTES
+            && let Poll::Ready(Err(error)) = self.poll_write_out(cx)
+        {
+            return Poll::Ready(Err(error));
+        }
+        if self.outgoing.len() >= WRITE_AT_BYTES {
+            return Poll::Pending;
+        }
+        let sealed = self.seal_data(parts).map_err(broken)?;
+        if self.outgoing.len() >= WRITE_AT_BYTES
+            && let Poll::Ready(Err(error)) = self.poll_write_out(cx)
+        {
+            return Poll::Ready(Err(error));
+        }
+        Poll::Ready(Ok(sealed))
+    }
+
+    /// Seals as much of `parts` as there is room for; how much that was.
+    fn seal_data(&mut self, [mut first, mut second]: [&[u8]; 2]) -> Result<usize, Error> {
+        self.outgoing.compact();
+        if self.owes_key_update || self.sealer.is_worn() {
+            self.renew_sending_key()?;
+        }
+        let mut total = 0;
+        while !(first.is_empty() && second.is_empty()) {
+            let room = self.outgoing.spare().len().saturating_sub(OVERHEAD_BYTES).min(MAX_CONTENT_BYTES);
+            if room < LEAST_ROOM_BYTES {
+                break;
+            }
+            let (now, later) = first.split_at(first.len().min(room));
+            let (also, later_still) = second.split_at(second.len().min(room - now.len()));
+            self.seal_record(Content::Data, [now, also])?;
+            total += now.len() + also.len();
+            (first, second) = (later, later_still);
+        }
+        Ok(total)
+    }
+
+    fn renew_sending_key(&mut self) -> Result<(), Error> {
+        self.seal_record(Content::Handshake, [&OUR_KEY_UPDATE, &[]])?;
+        self.owes_key_update = false;
+        let next = self.session.next_tx()?;
+        self.sealer.renew(next)
+    }
+
+    fn seal_record(&mut self, content: Content, parts: [&[u8]; 2]) -> Result<(), Error> {
+        let sealed = self.sealer.seal(content, parts, self.outgoing.spare())?;
+        self.outgoing.fill(sealed);
+        Ok(())
+    }
+
+    /// Tells the peer why this ends, if there is room and TCP takes it at once.
+    fn alert(&mut self, level: u8, description: AlertDescription) {
+        self.outgoing.compact();
+        if self.outgoing.spare().len() >= OVERHEAD_BYTES + 2
+            && self.seal_record(Content::Alert, [&[level, u8::from(description)], &[]]).is_ok()
+            && let Ok(written) = self.tcp.try_write(self.outgoing.filled())
+        {
+            self.outgoing.consume(written);
+        }
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.said_goodbye {
+            self.said_goodbye = true;
+            self.alert(WARNING, AlertDescription::CloseNotify);
+        }
+        ready!(self.poll_write_out(cx))?;
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        loop {
+            if let Err(error) = self.open_into(into) {
+                self.alert(FATAL, alert_for(&error));
+                return Poll::Ready(Err(broken(error)));
+            }
+            if into.filled().len() > before || into.remaining() == 0 || self.peer_closed {
+                return Poll::Ready(Ok(()));
+            }
+            ready!(self.poll_fill(cx))?;
+        }
+    }
+
+    /// Reads from TCP, much at once.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.burst >= BURST_BYTES {
+            self.burst = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.incoming.compact();
+        let mut buffer = ReadBuf::new(self.incoming.spare());
+        if Pin::new(&mut self.tcp).poll_read(cx, &mut buffer)?.is_pending() {
+            self.burst = 0;
+            self.incoming.give_back();
+            return Poll::Pending;
+        }
+        let read = buffer.filled().len();
+        if read == 0 {
+            // Without a close_notify this may be an attacker's cut (RFC 8446, section 6.1).
+            return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+        }
+        self.incoming.fill(read);
+        self.burst += read;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Opens records into the reader's buffer for as long as they are whole and fit.
+    fn open_into(&mut self, into: &mut ReadBuf<'_>) -> Result<(), Error> {
+        self.drain_plain(into);
+        while !self.peer_closed
+            && self.plain.is_empty()
+            && let Some(length) = self.whole_record()?
+        {
+            let room = length - TAG_BYTES;
+            if into.remaining() >= room {
+                let (content, held) = self.open(length, into.initialize_unfilled_to(room))?;
+                if content == Content::Data {
+                    into.advance(held);
+                } else {
+                    let message = into.initialize_unfilled_to(held).to_vec();
+                    self.control(content, &message)?;
+                }
+            } else if into.filled().is_empty() || into.remaining() > 0 {
+                self.open_aside(length)?;
+                self.drain_plain(into);
+            } else {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// The payload's length of the record that comes next, if it is there as a whole.
+    fn whole_record(&self) -> Result<Option<usize>, Error> {
+        let filled = self.incoming.filled();
+        let Some(header) = filled.first_chunk() else { return Ok(None) };
+        let length = record::payload_length(header)?;
+        Ok((filled.len() >= HEADER_BYTES + length).then_some(length))
+    }
+
+    /// Opens the next record, which is whole.
+    fn open(&mut self, length: usize, into: &mut [u8]) -> Result<(Content, usize), Error> {
+        let opened = {
+            let filled = self.incoming.filled();
+            let (header, rest) = filled.split_first_chunk().ok_or(Error::DecryptError)?;
+            self.opener.open(header, &rest[..length], into)?
+        };
+        self.incoming.consume(HEADER_BYTES + length);
+        match opened {
+            (Content::Data, held) if held > 0 => self.control_records = 0,
+            _ => self.control_records += 1,
+        }
+        if self.control_records > MAX_CONTROL_RECORDS {
+            return Err(Error::PeerMisbehaved(PeerMisbehaved::TooManyEmptyFragments));
+        }
+        Ok(opened)
+    }
+
+    /// Opens the next record into a buffer of our own: the reader's is too small for it.
+    fn open_aside(&mut self, length: usize) -> Result<(), Error> {
+        let mut aside = std::mem::take(&mut self.plain);
+        let opened = self.open(length, &mut aside.spare()[..length - TAG_BYTES]);
+        if let Ok((_, held)) = opened {
+            aside.fill(held);
+        }
+        let (content, _) = opened?;
+        if content == Content::Data {
+            self.plain = aside;
+            return Ok(());
+        }
+        let message = aside.filled().to_vec();
+        self.control(content, &message)
+    }
+
+    fn drain_plain(&mut self, into: &mut ReadBuf<'_>) {
+        let length = self.plain.len().min(into.remaining());
+        if length > 0 {
+            into.put_slice(&self.plain.filled()[..length]);
+            self.plain.consume(length);
+        }
+    }
+
+    fn control(&mut self, content: Content, bytes: &[u8]) -> Result<(), Error> {
+        if content == Content::Handshake {
+            return self.handshake(bytes);
+        }
+        match bytes.try_into().map(|[_, code]: [u8; 2]| AlertDescription::from(code)) {
+            Ok(AlertDescription::CloseNotify) => self.peer_closed = true,
+            Ok(AlertDescription::UserCanceled) => {}
+            Ok(description) => return Err(Error::AlertReceived(description)),
+            Err(_) => return Err(Error::InvalidMessage(InvalidMessage::MissingData("AlertDescription"))),
+        }
+        Ok(())
+    }
+
+    /// Messages after the handshake (RFC 8446, section 4.6).
+    fn handshake(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.message.extend_from_slice(bytes);
+        let mut messages = std::mem::take(&mut self.message);
+        let mut rest = messages.as_slice();
+        while let Some((&[kind, a, b, c], behind)) = rest.split_first_chunk() {
+            let length = u32::from_be_bytes([0, a, b, c]) as usize;
+            if length > MAX_MESSAGE_BYTES {
+                return Err(Error::InvalidMessage(InvalidMessage::HandshakePayloadTooLarge));
+            }
+            let Some((body, behind)) = behind.split_at_checked(length) else { break };
+            match (kind, body) {
+                (NEW_SESSION_TICKET, ticket) => self.session.ticket(ticket)?,
+                // A key may change at a record's end only (section 5.1).
+                (KEY_UPDATE, [asked @ (0 | 1)]) if behind.is_empty() => {
+                    self.opener = Opener::new(self.session.next_rx()?)?;
+                    self.owes_key_update |= *asked == 1;
+                }
+                (KEY_UPDATE, _) => return Err(Error::InvalidMessage(InvalidMessage::InvalidKeyUpdate)),
+                _ => return Err(inappropriate()),
+            }
+            rest = behind;
+        }
+        let done = messages.len() - rest.len();
+        messages.drain(..done);
+        self.message = messages;
+        Ok(())
+    }
+}
+
+/// As tokio-rustls reports rustls' errors, so that [`super::reason`] finds them.
+fn broken(error: Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+fn alert_for(error: &Error) -> AlertDescription {
+    match error {
+        Error::DecryptError => AlertDescription::BadRecordMac,
+        Error::PeerSentOversizedRecord => AlertDescription::RecordOverflow,
+        Error::InvalidMessage(InvalidMessage::InvalidContentType | InvalidMessage::UnexpectedMessage(_)) => {
+            AlertDescription::UnexpectedMessage
+        }
+        Error::InvalidMessage(_) => AlertDescription::DecodeError,
+        _ => AlertDescription::InternalError,
+    }
+}
+
+impl AsyncRead for TlsStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        lock(&self.inner).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for TlsStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        lock(&self.inner).poll_write(cx, [bytes, &[]])
+    }
+
+    /// Takes the first two slices that are not empty: HTTP/2 has a head and a payload, never more.
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut filled = slices.iter().map(|slice| &**slice).filter(|slice| !slice.is_empty());
+        let parts = [filled.next().unwrap_or_default(), filled.next().unwrap_or_default()];
+        lock(&self.inner).poll_write(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut inner = lock(&self.inner);
+        if inner.deferred { Poll::Ready(Ok(())) } else { inner.poll_write_out(cx) }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.inner).poll_shutdown(cx)
+    }
+}
