@@ -193,6 +193,9 @@ pub struct TunnelConfig {
     pub stream_window: u32,
     /// Handshakes under way at once that an agent accepts; more wait in the kernel's backlog.
     pub max_handshakes: usize,
+    /// Whether TLS sessions are resumed, on both sides. Default true: a resumed session's peer is
+    /// judged as in a full handshake, without the signatures.
+    pub resumption: bool,
 }
 
 impl Default for TunnelConfig {
@@ -205,6 +208,7 @@ impl Default for TunnelConfig {
             max_streams: 4096,
             stream_window: 8 << 20,
             max_handshakes: 512,
+            resumption: true,
         }
     }
 }

@@ -154,6 +154,7 @@ impl Enroller {
         let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload) };
         if now.workload.mode != workload.mode {
             self.capture.enrol(workload, &now.netns).map_err(|e| e.to_string())?;
+            now.pod.set_mode(workload.mode);
             tracing::info!(workload = name, mode = ?workload.mode, "mode changed");
         }
         now.workload = Arc::clone(workload);

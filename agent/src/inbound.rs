@@ -15,13 +15,13 @@ use tokio::time::timeout;
 use crate::hbone::server::{self, Asked};
 use crate::hbone::{self, Recv, Stream};
 use crate::identity::SpiffeId;
-use crate::identity::svid::Leaf;
 use crate::pod::Pod;
 use crate::pool::dial;
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
 use crate::telemetry::{Finished, Role};
-use crate::tls::{self, stream::TlsStream};
+use crate::tls::handshake::{self, Established};
+use crate::tls::{self, Settled, stream::TlsStream};
 use crate::verdict::{Direction, Encryption, Reason};
 
 /// An authenticated peer.
@@ -68,39 +68,42 @@ async fn handshake(
     let began = Instant::now();
     let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, pod, tcp)).await;
     let (reason, detail) = match outcome {
-        Ok(Ok((io, id))) => {
-            shard.observe.handshake(Role::Server, began.elapsed(), None);
-            return Some((io, Peer { id, address }));
+        Ok(Ok((io, settled))) => {
+            shard.observe.handshake(Role::Server, began.elapsed(), settled.resumed);
+            return Some((io, Peer { id: settled.leaf.id, address }));
         }
         Ok(Err((reason, detail))) => (reason, detail),
         Err(_) => (Reason::HandshakeTimeout, "the peer did not finish the TLS handshake in time".into()),
     };
-    shard.observe.handshake(Role::Server, began.elapsed(), Some(reason));
+    shard.observe.handshake_failed(Role::Server, began.elapsed(), reason);
     refused(shard, pod, address, None, None, reason, &detail);
     None
 }
 
-async fn prove(
-    shard: &Shard,
-    pod: &Pod,
-    tcp: TcpStream,
-) -> Result<(TlsStream, SpiffeId), (Reason, String)> {
+async fn prove(shard: &Shard, pod: &Pod, tcp: TcpStream) -> Result<(TlsStream, Settled), (Reason, String)> {
     let internal = |error: io::Error| (Reason::Internal, error.to_string());
     dial::tune(&tcp).map_err(internal)?;
-    let config = pod
-        .server_config(&shard.trust)
-        .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))?;
-    let tls::handshake::Established { stream, session } = tls::handshake::accept(config, tcp)
-        .await
-        .map_err(|error| (tls::reason(&error), tls::explain(&error)))?;
+    let listener = || {
+        pod.listener(&shard.trust, &shard.tls)
+            .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))
+    };
+    let before = listener()?;
+    let (config, judged) = before.accept();
+    let refused = |error: io::Error| (tls::reason(&error), tls::explain(&error));
+    let Established { stream, session } = handshake::accept(config, tcp).await.map_err(refused)?;
     if session.alpn.as_deref() != Some(tls::ALPN_H2) {
         return Err((Reason::Http2, "the peer did not agree on ALPN h2".into()));
     }
-    // The very certificate that was verified in this handshake.
-    let leaf = session.peer_chain.first();
-    let leaf = leaf.ok_or((Reason::NoClientCertificate, "no client certificate".into()))?;
-    let id = Leaf::from_der(leaf).map_err(|error| (Reason::BadCertificate, error.to_string()))?.id;
-    Ok((stream, id))
+    // The very certificates that were judged in this handshake.
+    let chain = session.peer_chain();
+    let refused = |error: rustls::Error| (tls::rustls_reason(&error), error.to_string());
+    let settled = judged.settle(Some(session.kind), chain).map_err(refused)?;
+    // Trust may have changed while the peer took its time.
+    let after = listener()?;
+    if !Arc::ptr_eq(&before, &after) {
+        after.judge(chain).map_err(refused)?;
+    }
+    Ok((stream, settled))
 }
 
 /// Serves one tunnel's streams until it ends; asks the peer to leave when the agent drains.

@@ -7,7 +7,7 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -25,11 +25,12 @@ use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::issue::Issuer;
 use crate::issue::authority::AuthorityIssuer;
-use crate::issue::keep::Keep;
+use crate::issue::keep::{self, Keep};
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
 use crate::telemetry::access_log::KernelLog;
 use crate::telemetry::{Metrics, Observe};
+use crate::tls::memory::Memory;
 use crate::trust::Trust;
 
 /// Each connection needs two descriptors, and a pod may well open 28,000.
@@ -147,11 +148,15 @@ fn shared(
     capture: &Arc<Capture>,
     metrics: &Arc<Metrics>,
 ) -> Shared {
+    let observe = Observe::new(Arc::clone(metrics));
+    let keys =
+        config.tunnel.resumption.then(|| keep::tickets::take_up(&config.runtime_dir, SystemTime::now()));
     Shared {
         trust: Arc::clone(trust),
         directory: Arc::clone(directory),
         capture: Arc::clone(capture),
-        observe: Observe::new(Arc::clone(metrics)),
+        tls: Memory::new(keys, observe.clone()),
+        observe,
         tunnel: Arc::new(config.tunnel.clone()),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),

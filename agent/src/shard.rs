@@ -24,6 +24,7 @@ use crate::pod::Pod;
 use crate::pool::Pool;
 use crate::pool::dial::Dialer;
 use crate::telemetry::Observe;
+use crate::tls::memory::Memory;
 use crate::trust::Trust;
 use crate::verdict::Reason;
 use crate::{inbound, outbound};
@@ -37,6 +38,8 @@ pub struct Shared {
     pub directory: Arc<directory::Live>,
     /// The kernel side.
     pub capture: Arc<Capture>,
+    /// What TLS remembers.
+    pub tls: Arc<Memory>,
     /// Where outcomes are reported.
     pub observe: Observe,
     /// Timeouts and limits.
@@ -145,7 +148,8 @@ impl Thread {
 }
 
 async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
-    let dialer = Dialer::new(Arc::clone(&shared.trust), Arc::clone(&shared.tunnel), shared.observe.clone());
+    let (trust, tls) = (Arc::clone(&shared.trust), Arc::clone(&shared.tls));
+    let dialer = Dialer::new(trust, tls, Arc::clone(&shared.tunnel), shared.observe.clone());
     let pool = Pool::new(dialer, shared.tunnel.max_streams);
     let idle = shared.tunnel.idle_timeout;
     let shard = Shard { shared, pool, turns: Arc::new(AtomicUsize::new(fastrand::usize(..1 << 16))) };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::identity::SpiffeId;
-use crate::verdict::{Direction, Encryption, Reason};
+use crate::verdict::{Direction, Encryption, Reason, Unresumed};
 pub use metrics::Metrics;
 
 /// Which side of a TLS handshake the agent was.
@@ -73,9 +73,24 @@ impl Observe {
         access_log::write(record);
     }
 
-    /// A TLS handshake ended; `failure` says why it failed, if it did.
-    pub fn handshake(&self, role: Role, took: Duration, failure: Option<Reason>) {
-        self.metrics.handshake(role, took, failure);
+    /// A TLS handshake was done; `resumed` says whether it resumed a session.
+    pub fn handshake(&self, role: Role, took: Duration, resumed: bool) {
+        self.metrics.handshake(role, took, resumed);
+    }
+
+    /// A TLS handshake failed.
+    pub fn handshake_failed(&self, role: Role, took: Duration, why: Reason) {
+        self.metrics.handshake_failed(role, took, why);
+    }
+
+    /// A TLS session was there and was not resumed.
+    pub fn unresumed(&self, role: Role, why: Unresumed) {
+        self.metrics.unresumed(role, why);
+    }
+
+    /// A peer's certificates were judged: known from before, or verified now.
+    pub fn chain(&self, known: bool) {
+        self.metrics.chain(known);
     }
 
     /// A pooled connection came (`+1`) or went (`-1`).

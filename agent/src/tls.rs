@@ -1,26 +1,43 @@
 //! SVIDs and trust bundle as rustls configurations; failures as [`Reason`]s.
 //!
-//! TLS 1.3 only, ALPN `h2` only, a certificate from both sides, no resumption and no tickets: every
-//! connection proves both identities anew against the trust of its moment. Connections are pooled,
-//! so that is rare. The crypto provider is always named, never the process-wide default.
+//! TLS 1.3 only, and a certificate from both sides: every connection proves both identities against
+//! the trust of its moment. A resumed session does so too: [`ticket`] opens only where and under what
+//! it was sealed, and on both sides the certificates of the handshake it goes back to are judged as if
+//! they had been sent now ([`verify`]). No early data. The crypto provider is always named, never the
+//! process-wide default.
 
+mod bounded;
 mod buffers;
 pub mod client;
 pub mod exporter;
 pub mod handshake;
+pub mod memory;
 pub mod provider;
 mod record;
+pub mod roots;
 pub mod server;
+mod session;
 pub mod stream;
+pub mod ticket;
 pub mod verify;
 
 use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible};
 
-use crate::verdict::Reason;
-use verify::Misidentified;
+use crate::identity::svid::Leaf;
+use crate::verdict::{Reason, Unresumed};
+use verify::{Misidentified, Refused};
 
 /// The one protocol spoken inside TLS (RFC 7301; RFC 9113, section 3.2).
 pub const ALPN_H2: &[u8] = b"h2";
+
+/// A peer that is who it must be.
+#[derive(Clone, Debug)]
+pub struct Settled {
+    /// What its certificate says.
+    pub leaf: Leaf,
+    /// Whether a session was resumed for it.
+    pub resumed: bool,
+}
 
 /// Why a handshake failed, from the error rustls or the socket gave.
 pub fn reason(error: &std::io::Error) -> Reason {
@@ -66,6 +83,16 @@ pub fn rustls_reason(error: &Error) -> Reason {
     }
 }
 
+/// Why a session whose peer would be refused with this error is not resumed.
+fn unresumed(error: &Error) -> Unresumed {
+    match rustls_reason(error) {
+        Reason::Expired => Unresumed::Expired,
+        Reason::Revoked => Unresumed::Revoked,
+        Reason::DeniedByPolicy => Unresumed::Policy,
+        _ => Unresumed::Untrusted,
+    }
+}
+
 /// What an operator needs to know of a failed handshake: whose identity was not whose.
 pub fn explain(error: &std::io::Error) -> String {
     let rustls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
@@ -83,8 +110,9 @@ fn certificate_reason(error: &CertificateError) -> Reason {
         CertificateError::UnknownIssuer => Reason::UnknownIssuer,
         CertificateError::Other(other) => match other.0.downcast_ref::<Misidentified>() {
             Some(Misidentified::TrustDomain { .. }) => Reason::OtherTrustDomain,
-            Some(Misidentified::Identity { .. }) => Reason::WrongIdentity,
-            Some(Misidentified::NotAnSvid(_)) | None => Reason::BadCertificate,
+            Some(Misidentified::Identity { .. } | Misidentified::NotANode(_)) => Reason::WrongIdentity,
+            Some(Misidentified::NotAnSvid(_)) => Reason::BadCertificate,
+            None => other.0.downcast_ref::<Refused>().map_or(Reason::BadCertificate, |why| why.reason),
         },
         _ => Reason::BadCertificate,
     }

@@ -78,6 +78,10 @@ labels! {
         Expired = "expired",
         /// The peer's certificate is not valid yet.
         NotYetValid = "not_yet_valid",
+        /// The peer's certificate or identity was revoked.
+        Revoked = "revoked",
+        /// An access policy denies the peer.
+        DeniedByPolicy = "denied_by_policy",
         /// The peer is not who the directory says must be there.
         WrongIdentity = "wrong_identity",
         /// The peer's certificate is no X.509-SVID.
@@ -115,6 +119,35 @@ labels! {
     }
 }
 
+labels! {
+    /// Why a TLS session was not resumed though a ticket for it was there. The handshake is a full one
+    /// then; that it failed says [`Reason`].
+    Unresumed {
+        /// Sealed with a key that is not known (any more): too old, or another agent's.
+        UnknownTicket = "unknown_ticket",
+        /// No ticket of ours, or one that was changed on its way.
+        Unreadable = "unreadable",
+        /// It, or a certificate it rests on, has expired.
+        Expired = "expired",
+        /// The trust bundle, revocations or policies are others than when it was issued.
+        TrustChanged = "trust_changed",
+        /// Issued as another identity, by another listener or for another workload.
+        OtherListener = "other_listener",
+        /// The workload's mode, the application protocols or the cipher suites are others.
+        TermsChanged = "terms_changed",
+        /// The peer's certificate or identity was revoked.
+        Revoked = "revoked",
+        /// A policy denies the peer.
+        Policy = "policy",
+        /// The peer would not be accepted today for any other reason.
+        Untrusted = "untrusted",
+        /// It was used before.
+        Reused = "reused",
+        /// So many were used that no more can be remembered.
+        Full = "full",
+    }
+}
+
 impl Reason {
     /// The verdict this reason belongs to.
     pub fn verdict(self) -> Verdict {
@@ -126,6 +159,8 @@ impl Reason {
             | Self::OtherTrustDomain
             | Self::Expired
             | Self::NotYetValid
+            | Self::Revoked
+            | Self::DeniedByPolicy
             | Self::WrongIdentity
             | Self::BadCertificate
             | Self::TlsVersion

@@ -17,6 +17,7 @@ use hauberk::pool::{Key, Pool};
 use hauberk::relay;
 use hauberk::telemetry::{Metrics, Observe};
 use hauberk::tls;
+use hauberk::tls::memory::Memory;
 use hauberk::trust::Trust;
 use hauberk::verdict::Reason;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
@@ -100,7 +101,8 @@ async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near
     let trust = Trust::new(root.bundle.clone());
     trust.insert(svid(root, &id("client")));
     let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
-    let dialer = Dialer::new(Arc::clone(&trust), Arc::new(TunnelConfig::default()), observe);
+    let tls = Memory::new(Some(tls::ticket::fleeting()), observe.clone());
+    let dialer = Dialer::new(Arc::clone(&trust), tls, Arc::new(TunnelConfig::default()), observe);
     let pool = Pool::new(dialer, 1000);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = listener.local_addr().unwrap();

@@ -44,10 +44,7 @@ impl Tunnel {
     ///
     /// # Errors
     /// When the connection breaks or the peer refuses us.
-    pub async fn start(
-        io: TlsStream,
-        stream_window: u32,
-    ) -> Result<(Self, Driver), h2::Error> {
+    pub async fn start(io: TlsStream, stream_window: u32) -> Result<(Self, Driver), h2::Error> {
         let flush = io.defer_flush();
         let (send, connection): (_, Connection<_, Bytes>) = Builder::new()
             .initial_window_size(stream_window)

@@ -32,11 +32,7 @@ pub struct Asked {
 ///
 /// # Errors
 /// When the peer does not speak HTTP/2, or breaks the connection.
-pub async fn start(
-    io: TlsStream,
-    stream_window: u32,
-    max_streams: u32,
-) -> Result<Tunnel, h2::Error> {
+pub async fn start(io: TlsStream, stream_window: u32, max_streams: u32) -> Result<Tunnel, h2::Error> {
     let flush = io.defer_flush();
     let handshake = Builder::new()
         .initial_window_size(stream_window)

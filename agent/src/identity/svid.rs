@@ -83,6 +83,16 @@ impl Leaf {
     }
 }
 
+/// When a certificate of any kind is valid: from, until.
+///
+/// # Errors
+/// When the bytes are not X.509.
+pub fn validity(der: &[u8]) -> Result<(SystemTime, SystemTime), SvidError> {
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
+    let validity = certificate.validity();
+    Ok((from_unix(validity.not_before.timestamp()), from_unix(validity.not_after.timestamp())))
+}
+
 /// Seconds since the epoch as a time; what lies before 1970 is 1970.
 fn from_unix(seconds: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))

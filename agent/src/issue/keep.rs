@@ -1,9 +1,12 @@
-//! Keeps the node's own SVID over a restart of the agent, in memory only.
+//! Keeps the node's own SVID over a restart of the agent, in memory only; and, in [`tickets`], the
+//! keys of session tickets.
 //!
 //! A restarted agent has used its join token up. Keys never touch a disk: the file is written only
 //! where the file system is a tmpfs, and goes with the machine's power.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+pub mod tickets;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -30,9 +33,7 @@ pub struct Keep {
 impl Keep {
     /// Keeps in `dir`, if that is in memory; says so if it is not.
     pub fn in_dir(dir: &Path) -> Self {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-        let in_memory = made.is_ok()
-            && statfs(dir).is_ok_and(|fs| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&fs.filesystem_type()));
+        let in_memory = in_memory(dir);
         if !in_memory {
             tracing::warn!(dir = %dir.display(), "the runtime directory is not on a tmpfs: the node's key is not kept, so a restarted agent needs a new join token");
         }
@@ -71,12 +72,24 @@ impl Keep {
             text.push_str("-----END CERTIFICATE-----\n");
         }
         text.push_str(&key.to_pem());
-        let temporary = self.path.with_extension("new");
-        let _ = fs::remove_file(&temporary);
-        let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        fs::rename(&temporary, &self.path)
+        replace(&self.path, text.as_bytes()).map(drop)
     }
+}
+
+/// Makes the directory if need be; whether what is in it never touches a disk.
+fn in_memory(dir: &Path) -> bool {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.is_ok() && statfs(dir).is_ok_and(|fs| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&fs.filesystem_type()))
+}
+
+/// Puts a file of ours in place of an earlier one, whole or not at all; returns it, open at its end.
+fn replace(path: &Path, content: &[u8]) -> io::Result<File> {
+    let temporary = path.with_extension("new");
+    let _ = fs::remove_file(&temporary);
+    let mut file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(&temporary)?;
+    file.write_all(content)?;
+    fs::rename(&temporary, path)?;
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustls::HandshakeKind;
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
@@ -17,6 +18,10 @@ use crate::identity::SpiffeId;
 use crate::identity::svid::X509Svid;
 use crate::telemetry::{Observe, Role};
 use crate::tls;
+use crate::tls::client::Dial;
+use crate::tls::handshake::{self, Established};
+use crate::tls::memory::Memory;
+use crate::tls::verify::Expected;
 use crate::trust::{Snapshot, Trust};
 use crate::verdict::Reason;
 
@@ -33,14 +38,15 @@ pub(super) struct Dialled {
 #[derive(Clone, Debug)]
 pub struct Dialer {
     trust: Arc<Trust>,
+    tls: Arc<Memory>,
     config: Arc<TunnelConfig>,
     observe: Observe,
 }
 
 impl Dialer {
-    /// Presents SVIDs from `trust` and verifies against its bundle.
-    pub fn new(trust: Arc<Trust>, config: Arc<TunnelConfig>, observe: Observe) -> Self {
-        Self { trust, config, observe }
+    /// Presents SVIDs from `trust` and verifies against its bundle; resumes what `tls` remembers.
+    pub fn new(trust: Arc<Trust>, tls: Arc<Memory>, config: Arc<TunnelConfig>, observe: Observe) -> Self {
+        Self { trust, tls, config, observe }
     }
 
     /// The state of trust that a connection of `source` must rest on now; `None` without an SVID.
@@ -51,19 +57,27 @@ impl Dialer {
 
     pub(super) async fn dial(&self, key: &Key) -> Result<Dialled, Failure> {
         let (svid, snapshot) = self.svid(&key.source).await?;
-        let tcp = self.connect(key).await?;
-        let began = Instant::now();
-        let handshake = timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
-        let outcome = handshake.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        let (tunnel, driver) = match outcome {
-            Ok(started) => started,
-            Err(error) => {
-                let reason = tls::reason(&error);
-                self.observe.handshake(Role::Client, began.elapsed(), Some(reason));
-                return Err(failure(key, reason, &error));
+        let mut again = true;
+        let (tunnel, driver) = loop {
+            let tcp = self.connect(key).await?;
+            let began = Instant::now();
+            let handshake =
+                timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
+            let outcome = handshake.await.unwrap_or_else(|_| Err(Refusal::from(io::ErrorKind::TimedOut)));
+            let refusal = match outcome {
+                Ok((tunnel, driver, resumed)) => {
+                    self.observe.handshake(Role::Client, began.elapsed(), resumed);
+                    break (tunnel, driver);
+                }
+                Err(refusal) => refusal,
+            };
+            let reason = tls::reason(&refusal.error);
+            self.observe.handshake_failed(Role::Client, began.elapsed(), reason);
+            // The peer of a resumed session shows in a full handshake who it is today.
+            if !(refusal.resumed && std::mem::take(&mut again)) {
+                return Err(failure(key, reason, &refusal.error));
             }
         };
-        self.observe.handshake(Role::Client, began.elapsed(), None);
         self.observe.pool(1);
         let observe = self.observe.clone();
         tokio::spawn(async move {
@@ -109,14 +123,39 @@ impl Dialer {
         svid: &X509Svid,
         snapshot: &Snapshot,
         tcp: TcpStream,
-    ) -> io::Result<(Tunnel, Driver)> {
-        let config = tls::client::config(svid, &snapshot.bundle, key.destination.clone())
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-        // SNI is off and identities are SPIFFE IDs: the name only fills the API's place.
+    ) -> Result<(Tunnel, Driver, bool), Refusal> {
+        let dial = self.how(key, svid, snapshot).map_err(|e| Refusal { error: into(e), resumed: false })?;
+        // SNI is off and identities are SPIFFE IDs: the name only tells sessions apart.
         let name = ServerName::IpAddress(key.address.ip().into());
-        let established = tls::handshake::connect(config, name, tcp).await?;
-        Tunnel::start(established.stream, self.config.stream_window).await.map_err(into_io)
+        let Established { stream, session } =
+            handshake::connect(Arc::clone(dial.config()), name, tcp).await?;
+        let resumed = session.kind == HandshakeKind::Resumed;
+        dial.settle(Some(session.kind), session.peer_chain())
+            .map_err(|error| Refusal { error: into(error), resumed })?;
+        let (tunnel, driver) = Tunnel::start(stream, self.config.stream_window).await.map_err(into_io)?;
+        Ok((tunnel, driver, resumed))
     }
+
+    fn how(&self, key: &Key, svid: &X509Svid, snapshot: &Snapshot) -> Result<Arc<Dial>, rustls::Error> {
+        let roots = self.tls.roots(&snapshot.bundle, snapshot.bundle_epoch)?;
+        self.tls.dial(svid, &roots, Expected::Exactly(key.destination.clone()), &[tls::ALPN_H2], None)
+    }
+}
+
+/// Why there is no connection, and whether a session had been resumed for it.
+struct Refusal {
+    error: io::Error,
+    resumed: bool,
+}
+
+impl<E: Into<io::Error>> From<E> for Refusal {
+    fn from(error: E) -> Self {
+        Self { error: error.into(), resumed: false }
+    }
+}
+
+fn into(error: rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 /// Names the state of trust that an SVID and a snapshot make.

@@ -15,7 +15,7 @@ use prometheus::{
 
 use super::{Finished, Role};
 use crate::trust::Snapshot;
-use crate::verdict::{Direction, Encryption, Reason};
+use crate::verdict::{Direction, Encryption, Reason, Unresumed};
 
 /// Most certificates that have a series of their own.
 const MAX_CERTIFICATES: usize = 2_000;
@@ -44,9 +44,14 @@ struct Connections {
 
 /// One counter for each side and outcome.
 struct Handshakes {
-    ok: [IntCounter; 2],
+    /// `[role][kind]`.
+    ok: [[IntCounter; 2]; 2],
     /// `[role][reason]`.
     failed: Vec<IntCounter>,
+    /// `[role][reason]`.
+    unresumed: Vec<IntCounter>,
+    /// Known, verified.
+    chains: [IntCounter; 2],
     seconds: [Histogram; 2],
 }
 
@@ -86,6 +91,7 @@ fn side(role: Role) -> usize {
 const DIRECTIONS: [Direction; 2] = [Direction::Outbound, Direction::Inbound];
 const ENCRYPTIONS: [Encryption; 2] = [Encryption::Mtls, Encryption::None];
 const ROLES: [&str; 2] = ["client", "server"];
+const KINDS: [&str; 2] = ["full", "resumed"];
 
 impl Metrics {
     /// Everything at zero.
@@ -153,13 +159,22 @@ impl Metrics {
         }
     }
 
-    pub(super) fn handshake(&self, role: Role, took: Duration, failure: Option<Reason>) {
-        let side = side(role);
-        match failure {
-            None => self.handshakes.ok[side].inc(),
-            Some(reason) => self.handshakes.failed[side * Reason::ALL.len() + reason as usize].inc(),
-        }
-        self.handshakes.seconds[side].observe(took.as_secs_f64());
+    pub(super) fn handshake(&self, role: Role, took: Duration, resumed: bool) {
+        self.handshakes.ok[side(role)][usize::from(resumed)].inc();
+        self.handshakes.seconds[side(role)].observe(took.as_secs_f64());
+    }
+
+    pub(super) fn handshake_failed(&self, role: Role, took: Duration, why: Reason) {
+        self.handshakes.failed[side(role) * Reason::ALL.len() + why as usize].inc();
+        self.handshakes.seconds[side(role)].observe(took.as_secs_f64());
+    }
+
+    pub(super) fn unresumed(&self, role: Role, why: Unresumed) {
+        self.handshakes.unresumed[side(role) * Unresumed::ALL.len() + why as usize].inc();
+    }
+
+    pub(super) fn chain(&self, known: bool) {
+        self.handshakes.chains[usize::from(!known)].inc();
     }
 
     pub(super) fn pool(&self, change: i64) {
@@ -285,14 +300,32 @@ impl Handshakes {
             "role",
             vec![0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0],
         )?;
+        let refused = counters(
+            registry,
+            "hauberk_tls_resumption_refused_total",
+            "TLS sessions that were there and not resumed, by side and reason.",
+            &["role", "reason"],
+        )?;
+        let chains = counters(
+            registry,
+            "hauberk_tls_verified_chains_total",
+            "Peers' certificates judged, by whether their signatures had been verified before.",
+            &["result"],
+        )?;
         let failed = ROLES
             .iter()
             .flat_map(|role| Reason::ALL.iter().map(move |reason| (role, reason)))
             .map(|(role, reason)| total.with_label_values(&[*role, "full", "failed", reason.as_str()]))
             .collect();
         Ok(Self {
-            ok: ROLES.map(|role| total.with_label_values(&[role, "full", "ok", ""])),
+            ok: ROLES.map(|role| KINDS.map(|kind| total.with_label_values(&[role, kind, "ok", ""]))),
             failed,
+            unresumed: ROLES
+                .iter()
+                .flat_map(|role| Unresumed::ALL.iter().map(move |why| (role, why)))
+                .map(|(role, why)| refused.with_label_values(&[*role, why.as_str()]))
+                .collect(),
+            chains: ["hit", "miss"].map(|result| chains.with_label_values(&[result])),
             seconds: ROLES.map(|role| seconds.with_label_values(&[role])),
         })
     }
@@ -388,7 +421,7 @@ mod tests {
                 duration: Duration::ZERO,
             };
             metrics.finished(&record, false);
-            metrics.handshake(Role::Server, Duration::ZERO, Some(*reason));
+            metrics.handshake_failed(Role::Server, Duration::ZERO, *reason);
         }
         let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], 3);
         for reason in Reason::ALL {
@@ -405,5 +438,31 @@ mod tests {
             assert!(page.contains(&line), "{line}");
         }
         assert!(page.contains("hauberk_enrolled_pods 3"));
+    }
+
+    #[test]
+    fn full_and_resumed_handshakes_and_each_refusal_are_told_apart() {
+        let metrics = Metrics::new().unwrap();
+        metrics.handshake(Role::Client, Duration::ZERO, false);
+        metrics.handshake(Role::Client, Duration::ZERO, true);
+        metrics.handshake(Role::Client, Duration::ZERO, true);
+        for why in Unresumed::ALL {
+            metrics.unresumed(Role::Server, *why);
+        }
+        metrics.chain(true);
+        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], 0);
+        let count = "hauberk_tls_handshakes_total{kind=";
+        for (kind, times) in [("full", 1), ("resumed", 2)] {
+            let line = format!("{count}\"{kind}\",outcome=\"ok\",reason=\"\",role=\"client\"}} {times}");
+            assert!(page.contains(&line), "{line}\n{page}");
+        }
+        for why in Unresumed::ALL {
+            let line = format!(
+                "hauberk_tls_resumption_refused_total{{reason=\"{}\",role=\"server\"}} 1",
+                why.as_str()
+            );
+            assert!(page.contains(&line), "{line}\n{page}");
+        }
+        assert!(page.contains("hauberk_tls_verified_chains_total{result=\"hit\"} 1"), "{page}");
     }
 }

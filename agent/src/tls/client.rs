@@ -1,24 +1,35 @@
 //! The dialling side's TLS configuration.
+//!
+//! A [`Dial`] is kept as long as source, destination and trust are the same: rustls resumes a session
+//! only under the very configuration it began with. rustls does not verify the server again when it
+//! resumes (`client/tls13.rs`), so [`Dial::settle`] does, before a byte is sent.
 
 use std::sync::Arc;
 
-use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, Tls12Resumption};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::SingleCertAndKey;
+use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
-use rustls::{ClientConfig, Error};
+use rustls::{ClientConfig, DigitallySignedStruct, Error, HandshakeKind, SignatureScheme};
 
+use super::Settled;
 use super::provider::provider;
+use super::roots::{Usage, unix};
+use super::session::Sessions;
 use super::verify::PeerVerifier;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::X509Svid;
+use crate::telemetry::{Observe, Role};
 
-/// Dials as `svid`, and accepts nobody but `expected` under `bundle`.
+/// Dials as `svid`, and accepts nobody but `expected` under `bundle`. Resumes nothing.
 ///
 /// # Errors
 /// When the bundle's roots are unusable.
 pub fn config(svid: &X509Svid, bundle: &TrustBundle, expected: SpiffeId) -> Result<Arc<ClientConfig>, Error> {
-    build(Some(svid), bundle, expected)
+    Ok(Arc::new(build(Some(svid), PeerVerifier::new(bundle, Some(expected))?)?))
 }
 
 /// Dials as nobody: for a node that has no SVID yet.
@@ -26,15 +37,10 @@ pub fn config(svid: &X509Svid, bundle: &TrustBundle, expected: SpiffeId) -> Resu
 /// # Errors
 /// When the bundle's roots are unusable.
 pub fn anonymous(bundle: &TrustBundle, expected: SpiffeId) -> Result<Arc<ClientConfig>, Error> {
-    build(None, bundle, expected)
+    Ok(Arc::new(build(None, PeerVerifier::new(bundle, Some(expected))?)?))
 }
 
-fn build(
-    svid: Option<&X509Svid>,
-    bundle: &TrustBundle,
-    expected: SpiffeId,
-) -> Result<Arc<ClientConfig>, Error> {
-    let verifier = PeerVerifier::new(bundle, Some(expected))?;
+fn build(svid: Option<&X509Svid>, verifier: Arc<dyn ServerCertVerifier>) -> Result<ClientConfig, Error> {
     let builder = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
@@ -50,5 +56,120 @@ fn build(
     // Identities are SPIFFE IDs, which no server name can carry.
     config.enable_sni = false;
     config.resumption = Resumption::disabled();
-    Ok(Arc::new(config))
+    Ok(config)
+}
+
+/// How one source dials one destination identity under one state of trust.
+#[derive(Debug)]
+pub struct Dial {
+    config: Arc<ClientConfig>,
+    verifier: Arc<PeerVerifier>,
+    sessions: Option<Arc<Sessions>>,
+    clock: Arc<dyn TimeProvider>,
+    observe: Observe,
+}
+
+impl Dial {
+    pub(super) fn new(
+        svid: &X509Svid,
+        verifier: Arc<PeerVerifier>,
+        alpn: &[&[u8]],
+        resume: bool,
+        clock: Arc<dyn TimeProvider>,
+        observe: Observe,
+    ) -> Result<Arc<Self>, Error> {
+        let until = unix(svid.leaf().not_after);
+        let sessions = resume.then(|| Sessions::new(Arc::clone(&clock), until));
+        let noting = Noting { verifier: Arc::clone(&verifier), sessions: sessions.clone() };
+        let mut config = build(Some(svid), Arc::new(noting))?;
+        config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        config.time_provider = Arc::clone(&clock);
+        // For kernel TLS, and a record layer of our own.
+        config.enable_secret_extraction = true;
+        if let Some(sessions) = &sessions {
+            let sessions: Arc<Sessions> = Arc::clone(sessions);
+            config.resumption = Resumption::store(sessions).tls12_resumption(Tls12Resumption::Disabled);
+        }
+        Ok(Arc::new(Self { config: Arc::new(config), verifier, sessions, clock, observe }))
+    }
+
+    /// What rustls takes.
+    pub fn config(&self) -> &Arc<ClientConfig> {
+        &self.config
+    }
+
+    /// Who the peer is, after the handshake and before a byte is sent to it. One whose session was
+    /// resumed is judged as in a full handshake.
+    ///
+    /// # Errors
+    /// When the peer is not acceptable now. Its sessions are forgotten: close the connection, and dial
+    /// once more, which makes a full handshake.
+    pub fn settle(
+        &self,
+        kind: Option<HandshakeKind>,
+        chain: Option<&[CertificateDer<'_>]>,
+    ) -> Result<Settled, Error> {
+        let resumed = kind == Some(HandshakeKind::Resumed);
+        let judged = self.judge(chain);
+        if let (true, Err(error)) = (resumed, &judged) {
+            self.observe.unresumed(Role::Client, super::unresumed(error));
+            if let Some(sessions) = &self.sessions {
+                sessions.forget();
+            }
+        }
+        judged.map(|leaf| Settled { leaf, resumed })
+    }
+
+    fn judge(&self, chain: Option<&[CertificateDer<'_>]>) -> Result<crate::identity::svid::Leaf, Error> {
+        let now = self.clock.current_time().ok_or(Error::FailedToGetCurrentTime)?;
+        let (leaf, intermediates) =
+            chain.and_then(|chain| chain.split_first()).ok_or(Error::NoCertificatesPresented)?;
+        Ok(self.verifier.verify(leaf, intermediates, now, Usage::Server)?.leaf.clone())
+    }
+}
+
+/// Verifies, and notes for how long what was verified is good.
+#[derive(Debug)]
+struct Noting {
+    verifier: Arc<PeerVerifier>,
+    sessions: Option<Arc<Sessions>>,
+}
+
+impl ServerCertVerifier for Noting {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let verified = self.verifier.verify(leaf, intermediates, now, Usage::Server)?;
+        if let Some(sessions) = &self.sessions {
+            sessions.proven(name, verified.until);
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls12_signature(&*self.verifier, message, leaf, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls13_signature(&*self.verifier, message, leaf, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ServerCertVerifier::supported_verify_schemes(&*self.verifier)
+    }
 }

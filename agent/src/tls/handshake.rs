@@ -8,7 +8,9 @@ use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedConnectionCommon, UnbufferedStatus};
-use rustls::{ClientConfig, Error, ExtractedSecrets, HandshakeKind, KeyLog, ServerConfig, SupportedCipherSuite};
+use rustls::{
+    ClientConfig, Error, ExtractedSecrets, HandshakeKind, KeyLog, ServerConfig, SupportedCipherSuite,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -31,9 +33,8 @@ pub struct Established {
 /// What a handshake established beside its keys.
 #[derive(Debug)]
 pub struct Facts {
-    /// The peer's certificates, leaf first: verified in this handshake, or in the one it resumed. Empty
-    /// when the peer presented none.
-    pub peer_chain: Vec<CertificateDer<'static>>,
+    /// Leaf first: verified in this handshake, or in the one it resumed. Empty when there are none.
+    peer_chain: Vec<CertificateDer<'static>>,
     /// The protocol agreed on (RFC 7301).
     pub alpn: Option<Vec<u8>>,
     /// Whether it was full or resumed.
@@ -42,11 +43,22 @@ pub struct Facts {
     pub exporter: [u8; 32],
 }
 
+impl Facts {
+    /// The peer's certificates, if it presented any.
+    pub fn peer_chain(&self) -> Option<&[CertificateDer<'static>]> {
+        (!self.peer_chain.is_empty()).then_some(&*self.peer_chain)
+    }
+}
+
 /// Dials: speaks TLS as the client on a TCP connection.
 ///
 /// # Errors
 /// rustls' own error inside an [`io::Error`], as [`super::reason`] reads it; or the socket's.
-pub async fn connect(config: Arc<ClientConfig>, name: ServerName<'static>, tcp: TcpStream) -> io::Result<Established> {
+pub async fn connect(
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    tcp: TcpStream,
+) -> io::Result<Established> {
     let mut config = ClientConfig::clone(&config);
     let exporter = Exporter::new();
     config.key_log = Arc::clone(&exporter) as Arc<dyn KeyLog>;
@@ -81,7 +93,10 @@ impl Connection for UnbufferedClientConnection {
     fn common(&mut self) -> &mut UnbufferedConnectionCommon<ClientConnectionData> {
         self
     }
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, ClientConnectionData> {
+    fn process<'c, 'i>(
+        &'c mut self,
+        incoming: &'i mut [u8],
+    ) -> UnbufferedStatus<'c, 'i, ClientConnectionData> {
         self.process_tls_records(incoming)
     }
     fn finish(self) -> Result<(ExtractedSecrets, Box<dyn Session>, SupportedCipherSuite), Error> {
@@ -96,7 +111,10 @@ impl Connection for UnbufferedServerConnection {
     fn common(&mut self) -> &mut UnbufferedConnectionCommon<ServerConnectionData> {
         self
     }
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, ServerConnectionData> {
+    fn process<'c, 'i>(
+        &'c mut self,
+        incoming: &'i mut [u8],
+    ) -> UnbufferedStatus<'c, 'i, ServerConnectionData> {
         self.process_tls_records(incoming)
     }
     fn finish(self) -> Result<(ExtractedSecrets, Box<dyn Session>, SupportedCipherSuite), Error> {
@@ -122,7 +140,11 @@ struct Flights {
     plain: Vec<u8>,
 }
 
-async fn run<C: Connection>(mut connection: C, mut tcp: TcpStream, exporter: &Exporter) -> io::Result<Established> {
+async fn run<C: Connection>(
+    mut connection: C,
+    mut tcp: TcpStream,
+    exporter: &Exporter,
+) -> io::Result<Established> {
     let mut flights = Flights::default();
     loop {
         match step(&mut connection, &mut flights) {
@@ -219,7 +241,12 @@ fn established<C: Connection>(
 ) -> Result<Established, Error> {
     let common = connection.common();
     let facts = Facts {
-        peer_chain: common.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect(),
+        peer_chain: common
+            .peer_certificates()
+            .unwrap_or_default()
+            .iter()
+            .map(|c| c.clone().into_owned())
+            .collect(),
         alpn: common.alpn_protocol().map(<[u8]>::to_vec),
         kind: common.handshake_kind().ok_or(Error::HandshakeNotComplete)?,
         exporter: exporter.export()?,

@@ -56,7 +56,8 @@ impl Key {
             _ => return Err(Error::General("a cipher suite that this record layer does not have".into())),
         };
         let unusable = |_| Error::General("the handshake's keys do not fit their cipher suite".into());
-        let iv = iv.as_ref().try_into().map_err(|_| Error::General("an IV that is not 96 bits long".into()))?;
+        let iv =
+            iv.as_ref().try_into().map_err(|_| Error::General("an IV that is not 96 bits long".into()))?;
         let aead = LessSafeKey::new(UnboundKey::new(algorithm, key.as_ref()).map_err(unusable)?);
         Ok(Self { aead, iv, sequence })
     }
@@ -96,7 +97,10 @@ impl Sealer {
     ) -> Result<Self, Error> {
         let limit = match suite {
             SupportedCipherSuite::Tls13(suite) => suite.common.confidentiality_limit,
-            #[allow(unreachable_patterns, reason = "TLS 1.2 is a feature of rustls that another crate may turn on")]
+            #[allow(
+                unreachable_patterns,
+                reason = "TLS 1.2 is a feature of rustls that another crate may turn on"
+            )]
             _ => return Err(Error::General("TLS 1.3 only".into())),
         };
         Ok(Self { key: Key::new(secrets)?, limit })
@@ -115,7 +119,12 @@ impl Sealer {
 
     /// Writes one record with both `parts`, together at most 16 KiB, to the front of `out`, which must
     /// have room for them and [`OVERHEAD_BYTES`]. Returns the record's length.
-    pub(super) fn seal(&mut self, content: Content, parts: [&[u8]; 2], out: &mut [u8]) -> Result<usize, Error> {
+    pub(super) fn seal(
+        &mut self,
+        content: Content,
+        parts: [&[u8]; 2],
+        out: &mut [u8],
+    ) -> Result<usize, Error> {
         let length = parts[0].len() + parts[1].len();
         let (header, rest) = out.split_at_mut(HEADER_BYTES);
         let (body, rest) = rest.split_at_mut(length);
@@ -172,7 +181,10 @@ impl Opener {
             .open_separate_gather(nonce, Aad::from(header), ciphertext, tag, into)
             .map_err(|_| Error::DecryptError)?;
         // The inner type is the last byte that is not padding (section 5.4).
-        let end = into.iter().rposition(|byte| *byte != 0).ok_or(Error::InvalidMessage(InvalidMessage::InvalidContentType))?;
+        let end = into
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .ok_or(Error::InvalidMessage(InvalidMessage::InvalidContentType))?;
         if end > MAX_CONTENT_BYTES {
             return Err(Error::PeerSentOversizedRecord);
         }

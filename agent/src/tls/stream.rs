@@ -13,12 +13,16 @@ use std::task::{Context, Poll, ready};
 use rustls::client::ClientConnectionData;
 use rustls::kernel::KernelConnection;
 use rustls::server::ServerConnectionData;
-use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage, PeerMisbehaved};
+use rustls::{
+    AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage, PeerMisbehaved,
+};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::buffers::Buffer;
-use super::record::{self, Content, HEADER_BYTES, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer, TAG_BYTES};
+use super::record::{
+    self, Content, HEADER_BYTES, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer, TAG_BYTES,
+};
 
 /// Sealed bytes that are written without waiting for a flush: a whole frame of a bulk stream.
 const WRITE_AT_BYTES: usize = 64 * 1024;

@@ -1,7 +1,8 @@
 //! Who the peer is: chain to the trust bundle, then exactly one SPIFFE ID, then the right one.
 //!
 //! Host names play no part. An identity is compared as a whole value (`SpiffeId`), after the chain
-//! was verified, on the very bytes that were verified.
+//! was verified, on the very bytes that were verified. A resumed session is judged by this same code,
+//! on the chain of the handshake that it goes back to.
 
 use std::sync::Arc;
 
@@ -11,14 +12,15 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible,
-    RootCertStore, SignatureScheme,
+    SignatureScheme,
 };
-use webpki::{EndEntityCert, KeyUsage};
 
 use super::provider::provider;
+use super::roots::{Digest, Roots, Usage, Verified};
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, SvidError};
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::verdict::Reason;
 
 /// A peer whose chain is good but who is not who it has to be.
 #[derive(Debug, thiserror::Error)]
@@ -42,15 +44,51 @@ pub enum Misidentified {
         /// The identity it presented.
         got: SpiffeId,
     },
+    /// A workload where a node's agent must answer.
+    #[error("the peer is {0}, which is no node's agent")]
+    NotANode(SpiffeId),
+}
+
+/// A peer that is who it says, and is refused all the same.
+#[derive(Debug, thiserror::Error)]
+#[error("{detail}")]
+pub struct Refused {
+    /// For metrics and logs.
+    pub reason: Reason,
+    /// In words; names the peer.
+    pub detail: String,
+}
+
+/// What has to hold of a peer beside its chain and identity, such as that it is not revoked and that
+/// some policy lets it in. Asked in full handshakes and whenever a session is resumed.
+pub trait Judge: std::fmt::Debug + Send + Sync {
+    /// Whether this peer may be spoken to now.
+    ///
+    /// # Errors
+    /// Says why not.
+    fn judge(&self, peer: &Leaf, now: UnixTime) -> Result<(), Refused>;
+
+    /// Names the rules by their content: a session that began under others is not resumed.
+    fn digest(&self) -> Digest;
+}
+
+/// Who a peer may be.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Expected {
+    /// Anyone of the trust domain.
+    Member,
+    /// Any node agent of the trust domain.
+    Node,
+    /// Nobody else.
+    Exactly(SpiffeId),
 }
 
 /// Verifies peers against one trust bundle.
 #[derive(Debug)]
 pub struct PeerVerifier {
-    roots: RootCertStore,
-    domain: TrustDomain,
-    /// The only identity accepted; `None` accepts any of the trust domain.
-    expected: Option<SpiffeId>,
+    roots: Arc<Roots>,
+    expected: Expected,
+    judge: Option<Arc<dyn Judge>>,
     /// Whether a client without a certificate is let in, as nobody.
     anonymous_clients: bool,
     algorithms: WebPkiSupportedAlgorithms,
@@ -62,7 +100,8 @@ impl PeerVerifier {
     /// # Errors
     /// When a root of the bundle is unusable; see [`TrustBundle::anchors`].
     pub fn new(bundle: &TrustBundle, expected: Option<SpiffeId>) -> Result<Arc<Self>, Error> {
-        Ok(Arc::new(Self::build(bundle, expected, false)?))
+        let expected = expected.map_or(Expected::Member, Expected::Exactly);
+        Ok(Arc::new(Self::build(Roots::new(bundle, None)?, expected, None, false)))
     }
 
     /// Accepts clients of the trust domain, and clients without a certificate: a node that joins has
@@ -71,60 +110,65 @@ impl PeerVerifier {
     /// # Errors
     /// When a root of the bundle is unusable; see [`TrustBundle::anchors`].
     pub fn with_anonymous_clients(bundle: &TrustBundle) -> Result<Arc<Self>, Error> {
-        Ok(Arc::new(Self::build(bundle, None, true)?))
+        Ok(Arc::new(Self::build(Roots::new(bundle, None)?, Expected::Member, None, true)))
+    }
+
+    /// Accepts whom `expected` names and `judge`, if there is one, lets in.
+    pub fn under(roots: Arc<Roots>, expected: Expected, judge: Option<Arc<dyn Judge>>) -> Arc<Self> {
+        Arc::new(Self::build(roots, expected, judge, false))
     }
 
     fn build(
-        bundle: &TrustBundle,
-        expected: Option<SpiffeId>,
+        roots: Arc<Roots>,
+        expected: Expected,
+        judge: Option<Arc<dyn Judge>>,
         anonymous_clients: bool,
-    ) -> Result<Self, Error> {
-        let roots = bundle.anchors().map_err(|e| Error::General(e.to_string()))?;
+    ) -> Self {
         let algorithms = provider().signature_verification_algorithms;
-        Ok(Self { roots, domain: bundle.domain().clone(), expected, anonymous_clients, algorithms })
+        Self { roots, expected, judge, anonymous_clients, algorithms }
     }
 
-    /// Chain, then identity (X509-SVID, section 5.1).
-    fn verify(
+    /// The state of trust that peers are verified against, by its content.
+    pub(super) fn epoch(&self) -> [Digest; 2] {
+        [*self.roots.digest(), self.judge.as_ref().map_or([0; 32], |judge| judge.digest())]
+    }
+
+    /// Chain, then identity (X509-SVID, section 5.1), then whatever else has to hold.
+    ///
+    /// # Errors
+    /// In rustls' words; see [`super::rustls_reason`].
+    pub fn verify(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-        usage: KeyUsage,
-    ) -> Result<(), Error> {
-        let certificate = EndEntityCert::try_from(leaf).map_err(webpki_error)?;
-        certificate
-            .verify_for_usage(self.algorithms.all, &self.roots.roots, intermediates, now, usage, None, None)
-            .map_err(webpki_error)?;
-        self.identify(leaf)
-            .map_err(|who| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who)))))
+        usage: Usage,
+    ) -> Result<Arc<Verified>, Error> {
+        let verified = self.roots.verify(leaf, intermediates, now, usage)?;
+        self.identify(&verified.leaf.id).map_err(|who| refuse(Arc::new(who)))?;
+        if let Some(judge) = &self.judge {
+            judge.judge(&verified.leaf, now).map_err(|why| refuse(Arc::new(why)))?;
+        }
+        Ok(verified)
     }
 
-    fn identify(&self, leaf: &CertificateDer<'_>) -> Result<(), Misidentified> {
-        let got = Leaf::from_der(leaf).map_err(Misidentified::NotAnSvid)?.id;
-        if got.trust_domain() != self.domain.as_str() {
-            return Err(Misidentified::TrustDomain { expected: self.domain.clone(), got });
+    fn identify(&self, got: &SpiffeId) -> Result<(), Misidentified> {
+        let domain = self.roots.domain();
+        if got.trust_domain() != domain.as_str() {
+            return Err(Misidentified::TrustDomain { expected: domain.clone(), got: got.clone() });
         }
         match &self.expected {
-            Some(expected) if *expected != got => {
-                Err(Misidentified::Identity { expected: expected.clone(), got })
+            Expected::Node if got.node_name().is_none() => Err(Misidentified::NotANode(got.clone())),
+            Expected::Exactly(expected) if expected != got => {
+                Err(Misidentified::Identity { expected: expected.clone(), got: got.clone() })
             }
             _ => Ok(()),
         }
     }
 }
 
-/// rustls' own words for the webpki errors that operators tell apart.
-fn webpki_error(error: webpki::Error) -> Error {
-    use webpki::Error as E;
-    Error::InvalidCertificate(match error {
-        E::CertExpired { .. } => CertificateError::Expired,
-        E::CertNotValidYet { .. } => CertificateError::NotValidYet,
-        // A root of the right name that did not sign it is not its issuer.
-        E::UnknownIssuer | E::InvalidSignatureForPublicKey => CertificateError::UnknownIssuer,
-        E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
-        other => CertificateError::Other(OtherError(Arc::new(other))),
-    })
+fn refuse(why: Arc<dyn std::error::Error + Send + Sync>) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(why)))
 }
 
 impl ServerCertVerifier for PeerVerifier {
@@ -136,7 +180,7 @@ impl ServerCertVerifier for PeerVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.verify(leaf, intermediates, now, KeyUsage::server_auth())?;
+        self.verify(leaf, intermediates, now, Usage::Server)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -179,7 +223,7 @@ impl ClientCertVerifier for PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.verify(leaf, intermediates, now, KeyUsage::client_auth())?;
+        self.verify(leaf, intermediates, now, Usage::Client)?;
         Ok(ClientCertVerified::assertion())
     }
 
