@@ -78,6 +78,8 @@ labels! {
         Expired = "expired",
         /// The peer's certificate is not valid yet.
         NotYetValid = "not_yet_valid",
+        /// A certificate, the identity in it or its node has been revoked.
+        Revoked = "revoked",
         /// The peer is not who the directory says must be there.
         WrongIdentity = "wrong_identity",
         /// The peer's certificate is no X.509-SVID.
@@ -126,6 +128,7 @@ impl Reason {
             | Self::OtherTrustDomain
             | Self::Expired
             | Self::NotYetValid
+            | Self::Revoked
             | Self::WrongIdentity
             | Self::BadCertificate
             | Self::TlsVersion

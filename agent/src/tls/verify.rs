@@ -1,4 +1,5 @@
-//! Who the peer is: chain to the trust bundle, then exactly one SPIFFE ID, then the right one.
+//! Who the peer is: chain to the trust bundle, then exactly one SPIFFE ID, then the right one, and
+//! none of it revoked.
 //!
 //! Host names play no part. An identity is compared as a whole value (`SpiffeId`), after the chain
 //! was verified, on the very bytes that were verified.
@@ -17,6 +18,7 @@ use webpki::{EndEntityCert, KeyUsage};
 
 use super::provider::provider;
 use crate::identity::bundle::TrustBundle;
+use crate::identity::revocation::{Revocations, Revoked};
 use crate::identity::svid::{Leaf, SvidError};
 use crate::identity::{SpiffeId, TrustDomain};
 
@@ -49,6 +51,7 @@ pub enum Misidentified {
 pub struct PeerVerifier {
     roots: RootCertStore,
     domain: TrustDomain,
+    revocations: Arc<Revocations>,
     /// The only identity accepted; `None` accepts any of the trust domain.
     expected: Option<SpiffeId>,
     /// Whether a client without a certificate is let in, as nobody.
@@ -81,10 +84,11 @@ impl PeerVerifier {
     ) -> Result<Self, Error> {
         let roots = bundle.anchors().map_err(|e| Error::General(e.to_string()))?;
         let algorithms = provider().signature_verification_algorithms;
-        Ok(Self { roots, domain: bundle.domain().clone(), expected, anonymous_clients, algorithms })
+        let (domain, revocations) = (bundle.domain().clone(), Arc::clone(bundle.revocations()));
+        Ok(Self { roots, domain, revocations, expected, anonymous_clients, algorithms })
     }
 
-    /// Chain, then identity (X509-SVID, section 5.1).
+    /// Chain, then identity (X509-SVID, section 5.1), then revocation.
     fn verify(
         &self,
         leaf: &CertificateDer<'_>,
@@ -96,12 +100,28 @@ impl PeerVerifier {
         certificate
             .verify_for_usage(self.algorithms.all, &self.roots.roots, intermediates, now, usage, None, None)
             .map_err(webpki_error)?;
-        self.identify(leaf)
-            .map_err(|who| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who)))))
+        let leaf = Leaf::from_der(leaf).map_err(Misidentified::NotAnSvid).and_then(|leaf| {
+            self.identify(leaf.id.clone())?;
+            Ok(leaf)
+        });
+        let leaf = leaf
+            .map_err(|who| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who)))))?;
+        match self.revoked(&leaf) {
+            None => Ok(()),
+            Some(revoked) => {
+                // rustls' error for this tells the peer by the right alert, but has no room for words.
+                tracing::warn!(%revoked, "a peer presented a revoked certificate");
+                Err(Error::InvalidCertificate(CertificateError::Revoked))
+            }
+        }
     }
 
-    fn identify(&self, leaf: &CertificateDer<'_>) -> Result<(), Misidentified> {
-        let got = Leaf::from_der(leaf).map_err(Misidentified::NotAnSvid)?.id;
+    /// Whether this certificate, its identity or its node has been revoked.
+    pub fn revoked(&self, leaf: &Leaf) -> Option<Revoked> {
+        self.revocations.judge(leaf)
+    }
+
+    fn identify(&self, got: SpiffeId) -> Result<(), Misidentified> {
         if got.trust_domain() != self.domain.as_str() {
             return Err(Misidentified::TrustDomain { expected: self.domain.clone(), got });
         }
