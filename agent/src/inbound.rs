@@ -15,9 +15,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::hbone::server::{self, Asked};
-use crate::hbone::{self, Recv, Stream, TLS_BUFFER_BYTES, Transport};
+use crate::hbone::{self, LAST_WORDS, Lease, Recv, Stream, TLS_BUFFER_BYTES, Transport};
 use crate::identity::SpiffeId;
-use crate::identity::svid::Leaf;
+use crate::identity::svid::{Leaf, X509Svid};
 use crate::pod::Pod;
 use crate::pool::dial;
 use crate::relay::{self, Relayed};
@@ -31,6 +31,13 @@ use crate::verdict::{Direction, Encryption, Reason};
 struct Peer {
     id: SpiffeId,
     address: SocketAddr,
+}
+
+/// The two certificates that a tunnel rests on: when one is revoked, it is closed.
+#[derive(Debug)]
+struct Proof {
+    peer: Leaf,
+    own: Arc<X509Svid>,
 }
 
 /// Accepts tunnels to a pod until the pod is gone or the agent drains.
@@ -50,9 +57,9 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
                 let Ok(permit) = Arc::clone(&shard.handshakes).acquire_owned().await else { return };
                 let (shard, pod) = (shard.clone(), Arc::clone(&pod));
                 shard.clone().spawn(async move {
-                    let Some((io, peer)) = handshake(&shard, &pod, tcp, address).await else { return };
+                    let Some((io, proof)) = handshake(&shard, &pod, tcp, address).await else { return };
                     drop(permit);
-                    tunnel(shard, pod, io, peer).await;
+                    tunnel(shard, pod, io, proof, address).await;
                 });
             }
             Err(error) => shard.accept_failed(local, &error).await,
@@ -66,13 +73,13 @@ async fn handshake(
     pod: &Pod,
     tcp: TcpStream,
     address: SocketAddr,
-) -> Option<(TlsStream<Transport>, Peer)> {
+) -> Option<(TlsStream<Transport>, Proof)> {
     let began = Instant::now();
     let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, pod, tcp)).await;
     let (reason, detail) = match outcome {
-        Ok(Ok((io, id))) => {
+        Ok(Ok(proven)) => {
             shard.observe.handshake(Role::Server, began.elapsed(), None);
-            return Some((io, Peer { id, address }));
+            return Some(proven);
         }
         Ok(Err((reason, detail))) => (reason, detail),
         Err(_) => (Reason::HandshakeTimeout, "the peer did not finish the TLS handshake in time".into()),
@@ -86,12 +93,12 @@ async fn prove(
     shard: &Shard,
     pod: &Pod,
     tcp: TcpStream,
-) -> Result<(TlsStream<Transport>, SpiffeId), (Reason, String)> {
+) -> Result<(TlsStream<Transport>, Proof), (Reason, String)> {
     let internal = |error: io::Error| (Reason::Internal, error.to_string());
     dial::tune(&tcp).map_err(internal)?;
-    let config = pod
+    let (config, own) = pod
         .server_config(&shard.trust)
-        .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))?;
+        .map_err(|reason| (reason, format!("{} has no SVID that it may present", pod.workload.id)))?;
     let mut io = TlsAcceptor::from(config)
         .accept(Transport::new(tcp))
         .await
@@ -104,12 +111,14 @@ async fn prove(
     }
     let leaf = session.peer_certificates().and_then(|chain| chain.first());
     let leaf = leaf.ok_or((Reason::NoClientCertificate, "no client certificate".into()))?;
-    let id = Leaf::from_der(leaf).map_err(|error| (Reason::BadCertificate, error.to_string()))?.id;
-    Ok((io, id))
+    let peer = Leaf::from_der(leaf).map_err(|error| (Reason::BadCertificate, error.to_string()))?;
+    Ok((io, Proof { peer, own }))
 }
 
-/// Serves one tunnel's streams until it ends; asks the peer to leave when the agent drains.
-async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream<Transport>, peer: Peer) {
+/// Serves one tunnel's streams until it ends, or until a certificate of it is revoked; asks the peer to
+/// leave when the agent drains.
+async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream<Transport>, proof: Proof, address: SocketAddr) {
+    let peer = Peer { id: proof.peer.id.clone(), address };
     let start = server::start(io, shard.tunnel.stream_window, shard.tunnel.max_streams);
     let mut connection = match timeout(shard.tunnel.handshake_timeout, start).await {
         Ok(Ok(connection)) => connection,
@@ -126,9 +135,19 @@ async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream<Transport>, peer: Pee
             );
         }
     };
+    let lease = Arc::new(Lease::default());
+    let leaves = [&proof.peer, proof.own.leaf()];
+    let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
+            revoked = &mut revoked => {
+                shard.observe.cut(Role::Server, &revoked);
+                lease.cut();
+                connection.abrupt_shutdown(hbone::code(Reason::Revoked));
+                let _ = timeout(LAST_WORDS, std::future::poll_fn(|cx| connection.poll_closed(cx))).await;
+                return;
+            }
             accepted = connection.accept() => accepted,
             () = shard.draining(), if !draining => {
                 connection.graceful_shutdown();
@@ -140,7 +159,8 @@ async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream<Transport>, peer: Pee
         match accepted {
             Some(Ok((request, respond))) => {
                 let (shard, pod, peer) = (shard.clone(), Arc::clone(&pod), peer.clone());
-                shard.clone().spawn(async move { stream(shard, pod, peer, request, respond).await });
+                let lease = Arc::clone(&lease);
+                shard.clone().spawn(async move { stream(shard, pod, peer, lease, request, respond).await });
             }
             Some(Err(error)) => return broken(&shard, &pod, &peer, &error),
             None => return,
@@ -153,6 +173,7 @@ async fn stream(
     shard: Shard,
     pod: Arc<Pod>,
     peer: Peer,
+    lease: Arc<Lease>,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
 ) {
@@ -188,7 +209,7 @@ async fn stream(
         Ok(delivered) => {
             let relayed = match server::accept(respond) {
                 Ok(send) => {
-                    let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
+                    let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: Some(lease) };
                     relay::relay(&delivered.app, stream, shard.stop(&pod.gone)).await
                 }
                 Err(error) => {

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::deliver::Deliver;
 use crate::directory::Workload;
+use crate::identity::svid::X509Svid;
 use crate::tls;
 use crate::trust::Trust;
 use crate::verdict::Reason;
@@ -41,24 +42,28 @@ impl Pod {
         self.workload.addresses.contains(&ip)
     }
 
-    /// How the pod's tunnel answers now; made anew when SVID or bundle have changed.
+    /// How the pod's tunnel answers now, and the SVID it presents; made anew when SVID or bundle have
+    /// changed.
     ///
     /// # Errors
-    /// [`Reason::NoSvid`] until one has been issued.
-    pub fn server_config(&self, trust: &Trust) -> Result<Arc<ServerConfig>, Reason> {
+    /// [`Reason::NoSvid`] until one has been issued, [`Reason::Revoked`] while that one is revoked.
+    pub fn server_config(&self, trust: &Trust) -> Result<(Arc<ServerConfig>, Arc<X509Svid>), Reason> {
         let now = trust.snapshot();
         let svid = now.svids.get(&self.workload.id).ok_or(Reason::NoSvid)?;
+        if now.revoked(svid.leaf()).is_some() {
+            return Err(Reason::Revoked);
+        }
         let wanted = (svid.generation(), now.bundle_epoch);
         // The configuration is replaced whole, so a panic elsewhere leaves a good one.
         let mut cached = self.server.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((made_from, config)) = cached.as_ref()
             && *made_from == wanted
         {
-            return Ok(Arc::clone(config));
+            return Ok((Arc::clone(config), Arc::clone(svid)));
         }
         let config = tls::server::config(svid, &now.bundle).map_err(|_| Reason::Internal)?;
         *cached = Some((wanted, Arc::clone(&config)));
-        Ok(config)
+        Ok((config, Arc::clone(svid)))
     }
 
     /// The pod's address of the same family as `like`, with a port.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::identity::SpiffeId;
+use crate::identity::revocation::Revoked;
 use crate::verdict::{Direction, Encryption, Reason};
 pub use metrics::Metrics;
 
@@ -76,6 +77,12 @@ impl Observe {
     /// A TLS handshake ended; `failure` says why it failed, if it did.
     pub fn handshake(&self, role: Role, took: Duration, failure: Option<Reason>) {
         self.metrics.handshake(role, took, failure);
+    }
+
+    /// A tunnel was closed because one of its certificates has been revoked.
+    pub fn cut(&self, role: Role, revoked: &Revoked) {
+        tracing::warn!(%revoked, "closing a tunnel");
+        self.metrics.cut(role);
     }
 
     /// A pooled connection came (`+1`) or went (`-1`).

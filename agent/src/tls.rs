@@ -68,7 +68,9 @@ pub fn explain(error: &std::io::Error) -> String {
     match rustls {
         Some(Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
         // Who, and by what, is in the verifier's own line.
-        Some(Error::InvalidCertificate(CertificateError::Revoked)) => "the peer's certificate is revoked".into(),
+        Some(Error::InvalidCertificate(CertificateError::Revoked)) => {
+            "the peer's certificate is revoked".into()
+        }
         Some(Error::AlertReceived(alert)) => format!("the peer refused us: {alert:?}"),
         _ => error.to_string(),
     }

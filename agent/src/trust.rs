@@ -23,6 +23,9 @@ pub struct Snapshot {
     pub epoch: u64,
     /// Grows only when the trust bundle or its revocations change: what must be verified again.
     pub bundle_epoch: u64,
+    /// Grows only when the roots change: connections that rest on the same roots are not dialled again
+    /// for a revocation. Those that it concerns are cut, the others go on.
+    pub roots_epoch: u64,
     /// The roots, and what is revoked.
     pub bundle: Arc<TrustBundle>,
     /// The SVIDs this agent holds: its own node's and its local workloads'.
@@ -48,7 +51,13 @@ pub struct Trust {
 impl Trust {
     /// Starts from a bundle, holding no SVID.
     pub fn new(bundle: TrustBundle) -> Arc<Self> {
-        let first = Snapshot { epoch: 1, bundle_epoch: 1, bundle: Arc::new(bundle), svids: HashMap::new() };
+        let first = Snapshot {
+            epoch: 1,
+            bundle_epoch: 1,
+            roots_epoch: 1,
+            bundle: Arc::new(bundle),
+            svids: HashMap::new(),
+        };
         Arc::new(Self {
             now: ArcSwap::from_pointee(first),
             writing: Mutex::new(()),
@@ -138,8 +147,9 @@ impl Trust {
             if *next.bundle == bundle {
                 return false;
             }
-            next.bundle = Arc::new(bundle);
             next.bundle_epoch += 1;
+            next.roots_epoch += u64::from(next.bundle.roots() != bundle.roots());
+            next.bundle = Arc::new(bundle);
             true
         });
     }
@@ -202,11 +212,13 @@ mod tests {
         trust.set_revocations(revoking(&web));
         let revoked = trust.snapshot();
         assert!(revoked.bundle_epoch > before.bundle_epoch && revoked.revoked(&web).is_some());
+        assert_eq!(revoked.roots_epoch, before.roots_epoch, "the roots are the same");
         trust.set_revocations(Revocations::default());
         assert_eq!(trust.snapshot().epoch, revoked.epoch, "an older list changes nothing");
         trust.set_bundle(bundle());
         let other_roots = trust.snapshot();
         assert!(other_roots.bundle_epoch > revoked.bundle_epoch);
+        assert!(other_roots.roots_epoch > revoked.roots_epoch);
         assert!(other_roots.revoked(&web).is_some(), "roots that come without a list leave it as it is");
     }
 

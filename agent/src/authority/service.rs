@@ -223,7 +223,8 @@ impl Authority for Service {
         let (peer, now) = (peer(&request)?, SystemTime::now());
         let request = request.into_inner();
         // The token first: a stranger must not make the authority compute signatures.
-        let signed = self.admit(&request, now).and_then(|id| self.sign(&id, &request.node, &request.csr, now));
+        let signed =
+            self.admit(&request, now).and_then(|id| self.sign(&id, &request.node, &request.csr, now));
         // What is revoked holds from the node's first connection on.
         let outcome = signed.map(|svid| Svid { bundle: Some(wire::bundle(&self.bundle.borrow())), ..svid });
         self.answer(&peer, "node", &request.node, outcome)

@@ -24,7 +24,9 @@ pub enum WireError {
     #[error(transparent)]
     Revocation(#[from] RevocationError),
     /// An entry of a kind that this version does not know.
-    #[error("a revocation without a subject that this version knows; is the authority newer than this agent?")]
+    #[error(
+        "a revocation without a subject that this version knows; is the authority newer than this agent?"
+    )]
     NoSubject,
 }
 

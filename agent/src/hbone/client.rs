@@ -11,7 +11,8 @@ use http::{HeaderMap, Method, Request, Uri};
 use tokio_rustls::client::TlsStream;
 
 use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, Transport, forwarded,
+    CONNECTION_WINDOW, FRAME_BYTES, Lease, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, Transport,
+    forwarded,
 };
 
 /// Stands for "the peer's SETTINGS have not come": no peer announces this number of streams.
@@ -31,7 +32,7 @@ pub struct Ask {
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     /// Cloned into every stream: its count is the number of streams in use.
-    lease: Arc<()>,
+    lease: Arc<Lease>,
 }
 
 impl Tunnel {
@@ -69,7 +70,12 @@ impl Tunnel {
             }
         })
         .await?;
-        Ok((Self { send, lease: Arc::new(()) }, connection))
+        Ok((Self { send, lease: Arc::default() }, connection))
+    }
+
+    /// What all its streams share.
+    pub fn lease(&self) -> &Arc<Lease> {
+        &self.lease
     }
 
     /// Streams in use.
@@ -84,7 +90,7 @@ impl Tunnel {
 
     /// Whether the connection can still take streams.
     pub fn is_open(&mut self, cx: &mut Context<'_>) -> bool {
-        !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
+        !self.lease.is_cut() && !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
     }
 
     /// Opens a stream. Does not wait for the answer: the application's first bytes travel with the

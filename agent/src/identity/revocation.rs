@@ -118,8 +118,7 @@ impl Serial {
     /// # Errors
     /// When it is anything else, or longer than a serial number may be.
     pub fn parse(text: &str) -> Result<Self, RevocationError> {
-        let digits: String =
-            text.chars().filter(|c| *c != ':').map(|c| c.to_ascii_lowercase()).collect();
+        let digits: String = text.chars().filter(|c| *c != ':').map(|c| c.to_ascii_lowercase()).collect();
         let significant = digits.trim_start_matches('0');
         let hex = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
         if !hex || significant.len() > MAX_SERIAL_DIGITS {

@@ -1,7 +1,7 @@
 //! Makes a connection: TCP, mutual TLS as the source, HTTP/2. The only place that dials peers.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
@@ -15,9 +15,9 @@ use super::slot::Epoch;
 use super::{Failure, Key};
 use crate::config::TunnelConfig;
 use crate::hbone::client::Tunnel;
-use crate::hbone::{TLS_BUFFER_BYTES, Transport};
+use crate::hbone::{LAST_WORDS, Lease, TLS_BUFFER_BYTES, Transport};
 use crate::identity::SpiffeId;
-use crate::identity::svid::X509Svid;
+use crate::identity::svid::{Leaf, X509Svid};
 use crate::telemetry::{Observe, Role};
 use crate::tls;
 use crate::trust::{Snapshot, Trust};
@@ -58,7 +58,7 @@ impl Dialer {
         let began = Instant::now();
         let handshake = timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
         let outcome = handshake.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        let (tunnel, driver) = match outcome {
+        let (tunnel, peer, driver) = match outcome {
             Ok(started) => started,
             Err(error) => {
                 let reason = tls::reason(&error);
@@ -68,13 +68,35 @@ impl Dialer {
         };
         self.observe.handshake(Role::Client, began.elapsed(), None);
         self.observe.pool(1);
-        let observe = self.observe.clone();
+        let (dialler, own) = (self.clone(), svid.leaf().clone());
+        // The strong ones are counted: the tunnel's, and one for each stream.
+        let lease = Arc::downgrade(tunnel.lease());
         tokio::spawn(async move {
-            // How it ended shows in the streams; a pooled connection that just ends is no event.
-            let _ = driver.await;
-            observe.pool(-1);
+            dialler.drive(driver, [&own, &peer], lease).await;
+            dialler.observe.pool(-1);
         });
         Ok(Dialled { tunnel, epoch: epoch(&svid, &snapshot) })
+    }
+
+    /// Moves a tunnel's bytes until it ends, or until one of its two certificates is revoked.
+    async fn drive(
+        &self,
+        driver: impl Future<Output = Result<(), h2::Error>>,
+        leaves: [&Leaf; 2],
+        lease: Weak<Lease>,
+    ) {
+        let mut driver = std::pin::pin!(driver);
+        let revoked = tokio::select! {
+            // How it ended shows in the streams; a pooled connection that just ends is no event.
+            _ = &mut driver => return,
+            revoked = self.trust.until_revoked(&leaves) => revoked,
+        };
+        if let Some(lease) = lease.upgrade() {
+            lease.cut();
+        }
+        self.observe.cut(Role::Client, &revoked);
+        // The streams' resets tell the peer why.
+        let _ = timeout(LAST_WORDS, driver).await;
     }
 
     /// The source's SVID; one that is just being issued is worth a moment's patience.
@@ -89,10 +111,15 @@ impl Dialer {
                 changes.changed().await.ok()?;
             }
         };
-        timeout(self.config.handshake_timeout, held).await.ok().flatten().ok_or_else(|| Failure {
-            reason: Reason::NoSvid,
-            detail: format!("no SVID has been issued for {source} yet").into(),
-        })
+        let (svid, now) =
+            timeout(self.config.handshake_timeout, held).await.ok().flatten().ok_or_else(|| Failure {
+                reason: Reason::NoSvid,
+                detail: format!("no SVID has been issued for {source} yet").into(),
+            })?;
+        match now.revoked(svid.leaf()) {
+            None => Ok((svid, now)),
+            Some(revoked) => Err(Failure { reason: Reason::Revoked, detail: revoked.to_string().into() }),
+        }
     }
 
     async fn connect(&self, key: &Key) -> Result<TcpStream, Failure> {
@@ -112,7 +139,7 @@ impl Dialer {
         svid: &X509Svid,
         snapshot: &Snapshot,
         tcp: TcpStream,
-    ) -> io::Result<(Tunnel, impl Future<Output = Result<(), h2::Error>> + Send + use<>)> {
+    ) -> io::Result<(Tunnel, Leaf, impl Future<Output = Result<(), h2::Error>> + Send + use<>)> {
         let config = tls::client::config(svid, &snapshot.bundle, key.destination.clone())
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         // SNI is off and identities are SPIFFE IDs: the name only fills the API's place.
@@ -120,13 +147,18 @@ impl Dialer {
         let mut io: TlsStream<Transport> =
             TlsConnector::from(config).connect(name, Transport::new(tcp)).await?;
         io.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-        Tunnel::start(io, self.config.stream_window).await.map_err(into_io)
+        // The very certificate that was verified in this handshake.
+        let peer = io.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let peer = peer.ok_or_else(|| io::Error::other("the peer presented no certificate"))?;
+        let peer = Leaf::from_der(peer).map_err(io::Error::other)?;
+        let (tunnel, driver) = Tunnel::start(io, self.config.stream_window).await.map_err(into_io)?;
+        Ok((tunnel, peer, driver))
     }
 }
 
 /// Names the state of trust that an SVID and a snapshot make.
 fn epoch(svid: &Arc<X509Svid>, snapshot: &Snapshot) -> Epoch {
-    Epoch { svid: svid.generation(), bundle: snapshot.bundle_epoch }
+    Epoch { svid: svid.generation(), roots: snapshot.roots_epoch }
 }
 
 /// What every connection between agents has: no delay, and an end when the peer is gone.
