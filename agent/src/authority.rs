@@ -2,11 +2,14 @@
 //!
 //! An agent proves which node it is by a join token, once; after that by its node's SVID. It is
 //! issued its own identity, and identities that the directory places on its node. Everything else is
-//! refused with a reason, logged and counted. Signing itself is `ca`'s.
+//! refused with a reason, logged and counted. So is whoever is revoked; agents are told of revocations
+//! as they are made. Signing itself is `ca`'s.
 
 pub mod config;
+mod revocations;
 mod serve;
 mod service;
+pub mod wire;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -40,7 +43,7 @@ pub mod proto {
 /// # Errors
 /// When it cannot start; one chain of causes that says what to mend.
 pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()> {
-    let store = Store::open(&config.state_dir)?;
+    let store = Arc::new(Store::open(&config.state_dir)?);
     let _lock = store.lock()?;
     let ca = Arc::new(store.ca(&config.trust_domain, SystemTime::now())?);
     let directory = Live::new(file::load(&config.directory.file, &config.trust_domain)?);
@@ -50,7 +53,10 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         Arc::clone(&directory),
     ));
     let counters = Arc::new(Counters::new()?);
-    let bundle = watch::Sender::new(Arc::new(ca.bundle().clone()));
+    let revoked = Arc::new(store.revocations()?);
+    let bundle = watch::Sender::new(Arc::new(ca.bundle().clone().with_revocations(revoked)));
+    let following =
+        tokio::spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
     let listener = tokio::net::TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {} (listen)", config.listen))?;
@@ -63,10 +69,12 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         Arc::new(move |path: &str| page.page(path).map(crate::admin::Page::text)),
     ));
     tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
+    let trusted = bundle.subscribe();
     let service =
         Service::new(Arc::clone(&ca), store, directory, config.svid_lifetime, Arc::clone(&counters), bundle);
-    let outcome = serve::serve(listener, service, ca, counters, stop).await;
+    let outcome = serve::serve(listener, service, ca, trusted, counters, stop).await;
     watching.abort();
+    following.abort();
     admin.abort();
     outcome
 }

@@ -24,6 +24,9 @@ use crate::identity::{SpiffeId, TrustDomain};
 pub const BACKDATED: Duration = Duration::from_secs(60);
 /// How long a root made by us is valid.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// The subject attribute that names the node an SVID is issued to: `host` (RFC 4524, section 2.12).
+/// With it a node can be revoked with everything it holds.
+const HOST: &[u64] = &[0, 9, 2342, 19_200_300, 100, 1, 9];
 /// A CSR with a P-384 key is a tenth of this.
 pub const MAX_CSR_BYTES: usize = 8 * 1024;
 
@@ -144,14 +147,30 @@ impl Ca {
         &self.domain
     }
 
-    /// Signs an X.509-SVID (X509-SVID, sections 2 to 4); returns the chain, leaf first.
+    /// Signs an X.509-SVID that says nothing of a node; see [`Ca::issue_to`].
     ///
     /// # Errors
-    /// When the identity is of another trust domain, or the CA's certificate would expire before.
+    /// As [`Ca::issue_to`].
     pub fn issue(
         &self,
         key: &ProvenKey,
         id: &SpiffeId,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        self.issue_to(key, id, None, lifetime, now)
+    }
+
+    /// Signs an X.509-SVID (X509-SVID, sections 2 to 4) for an identity on a node; returns the chain,
+    /// leaf first.
+    ///
+    /// # Errors
+    /// When the identity is of another trust domain, or the CA's certificate would expire before.
+    pub fn issue_to(
+        &self,
+        key: &ProvenKey,
+        id: &SpiffeId,
+        node: Option<&str>,
         lifetime: Duration,
         now: SystemTime,
     ) -> Result<Vec<CertificateDer<'static>>, CaError> {
@@ -165,6 +184,9 @@ impl Ca {
         let material = |e: rcgen::Error| CaError::Material(e.to_string());
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
+        if let Some(node) = node {
+            params.distinguished_name.push(DnType::CustomDnType(HOST.to_vec()), node);
+        }
         let uri = id.as_str().try_into().map_err(material)?;
         params.subject_alt_names = vec![SanType::URI(uri)];
         params.is_ca = IsCa::ExplicitNoCa;
@@ -228,6 +250,19 @@ mod tests {
         assert!(names.critical, "RFC 5280: critical when the subject is empty");
         let usage = parsed.key_usage().unwrap().unwrap().value;
         assert!(usage.digital_signature() && !usage.key_cert_sign());
+    }
+
+    #[test]
+    fn a_leaf_names_the_node_it_was_issued_to() {
+        let now = SystemTime::now();
+        let ca = ca(now);
+        let key = ProvenKey::from_csr(&csr(CertificateParams::default())).unwrap();
+        let id = SpiffeId::workload(&domain(), "a", "b").unwrap();
+        let on = |node| Leaf::from_der(&ca.issue_to(&key, &id, node, HOUR, now).unwrap()[0]).unwrap().node;
+        assert_eq!(on(Some("n1.example")).as_deref(), Some("n1.example"));
+        assert_eq!(on(None), None);
+        let node = ca.issue(&key, &SpiffeId::node(&domain(), "n2").unwrap(), HOUR, now).unwrap();
+        assert_eq!(Leaf::from_der(&node[0]).unwrap().node.as_deref(), Some("n2"), "its identity says it");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod agent;
 mod ask;
 mod authority;
 mod check;
+mod revocation;
 
 use std::process::ExitCode;
 

@@ -5,15 +5,18 @@
 
 pub mod client;
 pub mod forwarded;
+pub mod lease;
 pub mod server;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use http::StatusCode;
 
 use crate::verdict::Reason;
+pub use lease::Lease;
 
 /// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
 pub const REASON_HEADER: &str = "hauberk-reason";
@@ -34,6 +37,9 @@ pub const MAX_HEADER_BYTES: u32 = 8 * 1024;
 /// tenth of a bulk stream's throughput.
 pub const SEND_BUFFER_BYTES: usize = 1024 * 1024;
 
+/// How long a tunnel that is cut may still send, so that the peer learns why. It need not read it.
+pub const LAST_WORDS: Duration = Duration::from_millis(250);
+
 /// Both halves of one tunnelled connection.
 #[derive(Debug)]
 pub struct Stream {
@@ -41,8 +47,8 @@ pub struct Stream {
     pub send: SendStream<Bytes>,
     /// From the peer.
     pub recv: Recv,
-    /// Holds a place on a pooled connection; `None` on the accepting side.
-    pub lease: Option<Arc<()>>,
+    /// Its place on the tunnel. `None` for a stream that nobody counts or cuts.
+    pub lease: Option<Arc<Lease>>,
 }
 
 /// The receiving half. A client's comes only with the response, which it does not wait for.
@@ -58,7 +64,9 @@ pub enum Recv {
 pub fn status(reason: Reason) -> StatusCode {
     match reason {
         Reason::BadRequest => StatusCode::BAD_REQUEST,
-        Reason::NotLocal | Reason::AgentPort | Reason::Loop | Reason::WrongIdentity => StatusCode::FORBIDDEN,
+        Reason::NotLocal | Reason::AgentPort | Reason::Loop | Reason::WrongIdentity | Reason::Revoked => {
+            StatusCode::FORBIDDEN
+        }
         Reason::ConnectTimeout => StatusCode::GATEWAY_TIMEOUT,
         Reason::Refused | Reason::Unreachable => StatusCode::BAD_GATEWAY,
         _ => StatusCode::SERVICE_UNAVAILABLE,
@@ -78,8 +86,20 @@ pub fn refusal(response: &http::Response<RecvStream>) -> Reason {
     }
 }
 
+/// The HTTP/2 error code that tells a peer why its stream or tunnel is ended (RFC 9113, section 7).
+pub fn code(reason: Reason) -> h2::Reason {
+    match reason {
+        // Nothing else says it here: below HTTP/2 there is always mutual TLS 1.3.
+        Reason::Revoked => h2::Reason::INADEQUATE_SECURITY,
+        _ => h2::Reason::CANCEL,
+    }
+}
+
 /// Why an HTTP/2 connection or stream ended, from h2's error.
 pub fn reason(error: &h2::Error) -> Reason {
+    if error.reason() == Some(code(Reason::Revoked)) {
+        return Reason::Revoked;
+    }
     if error.is_reset() && error.is_remote() {
         return match error.reason() {
             Some(h2::Reason::REFUSED_STREAM) => Reason::Overload,

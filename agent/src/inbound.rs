@@ -13,8 +13,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 use crate::hbone::server::{self, Asked};
-use crate::hbone::{self, Recv, Stream};
+use crate::hbone::{self, LAST_WORDS, Lease, Recv, Stream};
 use crate::identity::SpiffeId;
+use crate::identity::svid::{Leaf, X509Svid};
 use crate::pod::Pod;
 use crate::pool::dial;
 use crate::relay::{self, Relayed};
@@ -29,6 +30,13 @@ use crate::verdict::{Direction, Encryption, Reason};
 struct Peer {
     id: SpiffeId,
     address: SocketAddr,
+}
+
+/// The two certificates that a tunnel rests on: when one is revoked, it is closed.
+#[derive(Debug)]
+struct Proof {
+    peer: Leaf,
+    own: Arc<X509Svid>,
 }
 
 /// Accepts tunnels to a pod until the pod is gone or the agent drains.
@@ -48,9 +56,9 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
                 let Ok(permit) = Arc::clone(&shard.handshakes).acquire_owned().await else { return };
                 let (shard, pod) = (shard.clone(), Arc::clone(&pod));
                 shard.clone().spawn(async move {
-                    let Some((io, peer)) = handshake(&shard, &pod, tcp, address).await else { return };
+                    let Some((io, proof)) = handshake(&shard, &pod, tcp, address).await else { return };
                     drop(permit);
-                    tunnel(shard, pod, io, peer).await;
+                    tunnel(shard, pod, io, proof, address).await;
                 });
             }
             Err(error) => shard.accept_failed(local, &error).await,
@@ -64,13 +72,13 @@ async fn handshake(
     pod: &Pod,
     tcp: TcpStream,
     address: SocketAddr,
-) -> Option<(TlsStream, Peer)> {
+) -> Option<(TlsStream, Proof)> {
     let began = Instant::now();
     let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, pod, tcp)).await;
     let (reason, detail) = match outcome {
-        Ok(Ok((io, settled))) => {
-            shard.observe.handshake(Role::Server, began.elapsed(), settled.resumed);
-            return Some((io, Peer { id: settled.leaf.id, address }));
+        Ok(Ok((stream, proof, resumed))) => {
+            shard.observe.handshake(Role::Server, began.elapsed(), resumed);
+            return Some((stream, proof));
         }
         Ok(Err((reason, detail))) => (reason, detail),
         Err(_) => (Reason::HandshakeTimeout, "the peer did not finish the TLS handshake in time".into()),
@@ -80,14 +88,18 @@ async fn handshake(
     None
 }
 
-async fn prove(shard: &Shard, pod: &Pod, tcp: TcpStream) -> Result<(TlsStream, Settled), (Reason, String)> {
+async fn prove(
+    shard: &Shard,
+    pod: &Pod,
+    tcp: TcpStream,
+) -> Result<(TlsStream, Proof, bool), (Reason, String)> {
     let internal = |error: io::Error| (Reason::Internal, error.to_string());
     dial::tune(&tcp).map_err(internal)?;
     let listener = || {
         pod.listener(&shard.trust, &shard.tls)
-            .map_err(|reason| (reason, format!("no SVID has been issued for {} yet", pod.workload.id)))
+            .map_err(|reason| (reason, format!("{} has no SVID that it may present", pod.workload.id)))
     };
-    let before = listener()?;
+    let (before, _) = listener()?;
     let (config, judged) = before.accept();
     let refused = |error: io::Error| (tls::reason(&error), tls::explain(&error));
     let Established { stream, session } = handshake::accept(config, tcp).await.map_err(refused)?;
@@ -99,15 +111,18 @@ async fn prove(shard: &Shard, pod: &Pod, tcp: TcpStream) -> Result<(TlsStream, S
     let refused = |error: rustls::Error| (tls::rustls_reason(&error), error.to_string());
     let settled = judged.settle(Some(session.kind), chain).map_err(refused)?;
     // Trust may have changed while the peer took its time.
-    let after = listener()?;
+    let (after, own) = listener()?;
     if !Arc::ptr_eq(&before, &after) {
         after.judge(chain).map_err(refused)?;
     }
-    Ok((stream, settled))
+    let Settled { leaf, resumed, .. } = settled;
+    Ok((stream, Proof { peer: leaf, own }, resumed))
 }
 
-/// Serves one tunnel's streams until it ends; asks the peer to leave when the agent drains.
-async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, peer: Peer) {
+/// Serves one tunnel's streams until it ends, or until a certificate of it is revoked; asks the peer to
+/// leave when the agent drains.
+async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, proof: Proof, address: SocketAddr) {
+    let peer = Peer { id: proof.peer.id.clone(), address };
     let start = server::start(io, shard.tunnel.stream_window, shard.tunnel.max_streams);
     let mut connection = match timeout(shard.tunnel.handshake_timeout, start).await {
         Ok(Ok(connection)) => connection,
@@ -124,9 +139,18 @@ async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, peer: Peer) {
             );
         }
     };
+    let lease = Arc::new(Lease::default());
+    let leaves = [&proof.peer, proof.own.leaf()];
+    let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
+            revoked = &mut revoked => {
+                shard.observe.cut(Role::Server, &revoked);
+                lease.cut();
+                let _ = timeout(LAST_WORDS, connection.abort(hbone::code(Reason::Revoked))).await;
+                return;
+            }
             accepted = connection.accept() => accepted,
             () = shard.draining(), if !draining => {
                 connection.graceful_shutdown();
@@ -138,7 +162,8 @@ async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, peer: Peer) {
         match accepted {
             Some(Ok((request, respond))) => {
                 let (shard, pod, peer) = (shard.clone(), Arc::clone(&pod), peer.clone());
-                shard.clone().spawn(async move { stream(shard, pod, peer, request, respond).await });
+                let lease = Arc::clone(&lease);
+                shard.clone().spawn(async move { stream(shard, pod, peer, lease, request, respond).await });
             }
             Some(Err(error)) => return broken(&shard, &pod, &peer, &error),
             None => return,
@@ -151,6 +176,7 @@ async fn stream(
     shard: Shard,
     pod: Arc<Pod>,
     peer: Peer,
+    lease: Arc<Lease>,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
 ) {
@@ -186,7 +212,7 @@ async fn stream(
         Ok(mut delivered) => {
             let relayed = match server::accept(respond) {
                 Ok(send) => {
-                    let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
+                    let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: Some(lease) };
                     relay::relay(&mut delivered.app, stream, shard.stop(&pod.gone)).await
                 }
                 Err(error) => {

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::deliver::Deliver;
 use crate::directory::{Mode, Workload};
+use crate::identity::svid::X509Svid;
 use crate::tls;
 use crate::tls::memory::Memory;
 use crate::tls::server::{Listener, Terms};
@@ -58,13 +59,16 @@ impl Pod {
         self.workload.addresses.contains(&ip)
     }
 
-    /// How the pod's tunnel answers now; made anew when SVID, bundle or mode have changed.
+    /// How the pod's tunnel answers now, and the SVID it presents; made anew when SVID, bundle or mode have changed.
     ///
     /// # Errors
-    /// [`Reason::NoSvid`] until one has been issued.
-    pub fn listener(&self, trust: &Trust, memory: &Memory) -> Result<Arc<Listener>, Reason> {
+    /// [`Reason::NoSvid`] until one has been issued, [`Reason::Revoked`] while that one is revoked.
+    pub fn listener(&self, trust: &Trust, memory: &Memory) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
         let now = trust.snapshot();
         let svid = now.svids.get(&self.workload.id).ok_or(Reason::NoSvid)?;
+        if now.revoked(svid.leaf()).is_some() {
+            return Err(Reason::Revoked);
+        }
         let mode = *self.mode.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = (svid.generation(), now.bundle_epoch, mode);
         // The listener is replaced whole, so a panic elsewhere leaves a good one.
@@ -72,7 +76,7 @@ impl Pod {
         if let Some((made_from, listener)) = cached.as_ref()
             && *made_from == wanted
         {
-            return Ok(Arc::clone(listener));
+            return Ok((Arc::clone(listener), Arc::clone(svid)));
         }
         let roots = memory.roots(&now.bundle, now.bundle_epoch).map_err(|_| Reason::Internal)?;
         let listener = memory.listener(&Terms {
@@ -90,7 +94,7 @@ impl Pod {
         });
         let listener = listener.map_err(|_| Reason::Internal)?;
         *cached = Some((wanted, Arc::clone(&listener)));
-        Ok(listener)
+        Ok((listener, Arc::clone(svid)))
     }
 
     /// The pod's address of the same family as `like`, with a port.

@@ -17,7 +17,8 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
 
-use crate::hbone::Stream;
+use crate::hbone::lease::Cut;
+use crate::hbone::{self, Stream};
 use crate::verdict::Reason;
 use down::Down;
 use up::Up;
@@ -33,24 +34,28 @@ pub struct Relayed {
     pub reason: Reason,
 }
 
-/// Relays until both directions have ended or one has failed, or until `stop` resolves.
+/// Relays until both directions have ended or one has failed, until `stop` resolves or the tunnel is
+/// cut.
 ///
 /// On a failure the application's socket is reset and the stream is reset too.
 pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
     let mut up = Up::new(stream.send);
     let mut down = Down::new(stream.recv);
-    let _lease = stream.lease;
+    let mut cut = stream.lease.map(Cut::of);
     let mut stop = pin!(stop);
     let (mut read, write) = app.split();
     let reason = poll_fn(|cx| {
         if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
             return Poll::Ready(reason);
         }
+        if cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
+            return Poll::Ready(Reason::Revoked);
+        }
         poll_both(&mut up, &mut down, (&mut read, write.as_ref()), cx)
     })
     .await;
     if reason != Reason::Done {
-        up.reset();
+        up.reset(hbone::code(reason));
         reset(app);
     }
     Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }

@@ -2,7 +2,7 @@
 //!
 //! Renewal begins at half of an SVID's life, give or take a tenth so that a fleet does not ask at
 //! once, and so always before two thirds. A failed renewal keeps what is held and tries again, more
-//! often the less life is left. Every renewal has a new key.
+//! often the less life is left; one that is revoked is renewed at once. Every renewal has a new key.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +23,9 @@ const CONCURRENT: usize = 8;
 const LONGEST_SLEEP: Duration = Duration::from_secs(5);
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(150);
+/// The longest wait before the bundle's stream is opened again: while it is closed, revocations do not
+/// arrive.
+const LONGEST_UNHEARD: Duration = Duration::from_secs(5);
 
 /// How one identity's SVID stands.
 #[derive(Clone, Debug)]
@@ -85,10 +88,7 @@ type Renewed = (SpiffeId, Result<(X509Svid, Keypair), IssueError>);
 impl Rotator {
     /// For the node's own identity and the identities of its workloads.
     pub fn new(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: SpiffeId, keep: Keep) -> Self {
-        if let Some(svid) = keep.load(&node, SystemTime::now()) {
-            tracing::info!(id = %node, "took up the node's SVID from before the restart");
-            trust.insert(svid);
-        }
+        take_up(&trust, &keep, &node);
         Self { trust, issuer, node, keep, status: Arc::default() }
     }
 
@@ -97,11 +97,20 @@ impl Rotator {
         Arc::clone(&self.status)
     }
 
+    /// Where SVID and revocations are kept.
+    pub fn keep(&self) -> Keep {
+        self.keep.clone()
+    }
+
     /// Runs for ever: obtains, renews and forgets SVIDs as `wanted` changes.
     pub async fn run(self, mut wanted: watch::Receiver<Vec<SpiffeId>>) {
         let mut under_way: JoinSet<Renewed> = JoinSet::new();
         let mut asking: HashMap<SpiffeId, ()> = HashMap::new();
+        let mut trusted = Trusted::new(&self.trust);
         loop {
+            if trusted.changed() {
+                self.retry_failed(SystemTime::now());
+            }
             let identities = self.identities(&wanted.borrow_and_update());
             self.forget(&identities);
             let now = SystemTime::now();
@@ -122,8 +131,16 @@ impl Rotator {
                         return;
                     }
                 }
+                () = trusted.next() => {}
                 () = tokio::time::sleep(sleep) => {}
             }
+        }
+    }
+
+    /// With other roots or revocations, what was refused may be granted now.
+    fn retry_failed(&self, now: SystemTime) {
+        for standing in self.status.lock().values_mut().filter(|standing| standing.failures > 0) {
+            standing.next = now;
         }
     }
 
@@ -148,13 +165,17 @@ impl Rotator {
         asking: &mut HashMap<SpiffeId, ()>,
     ) -> Duration {
         let held = self.trust.snapshot();
-        let attested = held.svids.get(&self.node).is_some_and(|svid| svid.leaf().not_after > now);
+        let attested = held
+            .svids
+            .get(&self.node)
+            .is_some_and(|svid| svid.leaf().not_after > now && held.revoked(svid.leaf()).is_none());
         let mut due: Vec<(Option<SystemTime>, SpiffeId)> = Vec::new();
         let mut sleep = LONGEST_SLEEP;
         {
             let mut status = self.status.lock();
             for id in identities.iter().filter(|id| !asking.contains_key(*id)) {
-                let not_after = held.svids.get(id).map(|svid| svid.leaf().not_after);
+                let svid = held.svids.get(id);
+                let not_after = svid.map(|svid| svid.leaf().not_after);
                 let standing = status.entry(id.clone()).or_insert_with(|| Standing {
                     not_after,
                     // What is held was obtained before a restart: its age is not known, so renew soon.
@@ -162,10 +183,14 @@ impl Rotator {
                     failures: 0,
                     last_error: None,
                 });
+                // What is expired or revoked is of no use; but whoever was refused waits its time.
+                let useless = not_after.is_some_and(|end| end <= now)
+                    || svid.is_some_and(|svid| held.revoked(svid.leaf()).is_some());
+                let wait = standing.next.duration_since(now).unwrap_or_default();
                 // A clock that was set back must not put a renewal off by as much.
-                let overdue = not_after.is_some_and(|end| end <= now);
-                match standing.next.duration_since(now) {
-                    Ok(wait) if !wait.is_zero() && !overdue => sleep = sleep.min(wait),
+                let is_due = wait.is_zero() || useless && (standing.failures == 0 || wait > LONGEST_BACKOFF);
+                match is_due {
+                    false => sleep = sleep.min(wait),
                     _ if attested || *id == self.node => due.push((not_after, id.clone())),
                     _ => sleep = sleep.min(FIRST_BACKOFF),
                 }
@@ -218,6 +243,69 @@ impl Rotator {
     }
 }
 
+/// Takes up what was kept before a restart. Without the revocations that were known then, the SVID
+/// stays where it is: the node attests itself anew, and is told of them in the answer.
+fn take_up(trust: &Trust, keep: &Keep, node: &SpiffeId) {
+    match keep.load_revocations() {
+        Ok(list) => trust.set_revocations(list),
+        Err(error) => {
+            tracing::error!(%error, "the revocations from before the restart cannot be read; this node has to join again");
+            return;
+        }
+    }
+    if let Some(svid) = keep.load(node, SystemTime::now()) {
+        tracing::info!(id = %node, "took up the node's SVID from before the restart");
+        trust.insert(svid);
+    }
+}
+
+/// Notices changes of bundle and revocations among the changes of trust.
+struct Trusted<'a> {
+    trust: &'a Trust,
+    changes: watch::Receiver<u64>,
+    seen: u64,
+}
+
+impl<'a> Trusted<'a> {
+    fn new(trust: &'a Trust) -> Self {
+        Self { trust, changes: trust.subscribe(), seen: trust.snapshot().bundle_epoch }
+    }
+
+    fn changed(&mut self) -> bool {
+        let now = self.trust.snapshot().bundle_epoch;
+        std::mem::replace(&mut self.seen, now) != now
+    }
+
+    /// Resolves when there was one that [`Trusted::changed`] has not told of.
+    async fn next(&mut self) {
+        while self.trust.snapshot().bundle_epoch == self.seen {
+            if self.changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+/// Runs for ever: keeps the revocations beside the node's SVID.
+pub async fn keep_revocations(trust: Arc<Trust>, keep: Keep) {
+    let mut trusted = Trusted::new(&trust);
+    let mut kept = trust.snapshot().bundle.revocations().generation();
+    loop {
+        trusted.next().await;
+        trusted.changed();
+        let bundle = Arc::clone(&trust.snapshot().bundle);
+        let list = bundle.revocations();
+        if list.generation() == kept {
+            continue;
+        }
+        kept = list.generation();
+        tracing::info!(entries = list.entries().len(), generation = kept, "revocations received");
+        if let Err(error) = keep.save_revocations(list) {
+            tracing::error!(%error, "cannot keep the revocations; after a restart this agent does not know them until the authority has sent them");
+        }
+    }
+}
+
 /// Asks for one SVID with a new key.
 async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Renewed {
     let outcome = async {
@@ -256,7 +344,9 @@ pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: Spi
             Err(error) => {
                 failures += 1;
                 tracing::debug!(%error, "the trust bundle's stream ended");
-                tokio::time::sleep(backoff(failures, None, None)).await;
+                // A fleet that lost its authority shall not come back in one instant.
+                let wait = backoff(failures, None, None).min(LONGEST_UNHEARD);
+                tokio::time::sleep(wait.mul_f64(0.5 + 0.5 * fastrand::f64())).await;
             }
         }
     }

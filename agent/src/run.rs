@@ -99,6 +99,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     serve_admin(&config, admin_listener, &state)?;
 
     tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
+    tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
     tokio::spawn(beat(Arc::clone(&capture)));

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::identity::SpiffeId;
+use crate::identity::revocation::Revoked;
 use crate::verdict::{Direction, Encryption, Reason, Unresumed};
 pub use metrics::Metrics;
 
@@ -91,6 +92,12 @@ impl Observe {
     /// A peer's certificates were judged: known from before, or verified now.
     pub fn chain(&self, known: bool) {
         self.metrics.chain(known);
+    }
+
+    /// A tunnel was closed because one of its certificates has been revoked.
+    pub fn cut(&self, role: Role, revoked: &Revoked) {
+        tracing::warn!(%revoked, "closing a tunnel");
+        self.metrics.cut(role);
     }
 
     /// A pooled connection came (`+1`) or went (`-1`).

@@ -71,6 +71,7 @@ pub fn rustls_reason(error: &Error) -> Reason {
         Error::AlertReceived(alert) => match alert {
             AlertDescription::CertificateRequired => Reason::NoClientCertificate,
             AlertDescription::CertificateExpired => Reason::Expired,
+            AlertDescription::CertificateRevoked => Reason::Revoked,
             AlertDescription::UnknownCA => Reason::UnknownIssuer,
             AlertDescription::ProtocolVersion => Reason::TlsVersion,
             AlertDescription::AccessDenied => Reason::WrongIdentity,
@@ -98,6 +99,10 @@ pub fn explain(error: &std::io::Error) -> String {
     let rustls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
     match rustls {
         Some(Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
+        // Who, and by what, is in the verifier's own line.
+        Some(Error::InvalidCertificate(CertificateError::Revoked)) => {
+            "the peer's certificate is revoked".into()
+        }
         Some(Error::AlertReceived(alert)) => format!("the peer refused us: {alert:?}"),
         _ => error.to_string(),
     }
@@ -107,6 +112,7 @@ fn certificate_reason(error: &CertificateError) -> Reason {
     match error {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => Reason::Expired,
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Reason::NotYetValid,
+        CertificateError::Revoked => Reason::Revoked,
         CertificateError::UnknownIssuer => Reason::UnknownIssuer,
         CertificateError::Other(other) => match other.0.downcast_ref::<Misidentified>() {
             Some(Misidentified::TrustDomain { .. }) => Reason::OtherTrustDomain,

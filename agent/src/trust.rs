@@ -2,7 +2,8 @@
 //!
 //! Readers on the hot path take a snapshot with one atomic load. Every change makes a new snapshot
 //! with a higher epoch, so what was derived from an older one (TLS configurations, verified chains,
-//! pooled connections) can tell that it is old. Nothing here talks to an issuer.
+//! pooled connections) can tell that it is old. Revocations are part of the bundle; the newest list
+//! seen holds. Nothing here talks to an issuer.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,19 +13,30 @@ use tokio::sync::watch;
 
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
-use crate::identity::svid::X509Svid;
+use crate::identity::revocation::{Revocations, Revoked};
+use crate::identity::svid::{Leaf, X509Svid};
 
 /// One consistent state of trust.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// Grows with every change.
     pub epoch: u64,
-    /// Grows only when the trust bundle changes: what must be verified again.
+    /// Grows only when the trust bundle or its revocations change: what must be verified again.
     pub bundle_epoch: u64,
-    /// The roots.
+    /// Grows only when the roots change: connections that rest on the same roots are not dialled again
+    /// for a revocation. Those that it concerns are cut, the others go on.
+    pub roots_epoch: u64,
+    /// The roots, and what is revoked.
     pub bundle: Arc<TrustBundle>,
     /// The SVIDs this agent holds: its own node's and its local workloads'.
     pub svids: HashMap<SpiffeId, Arc<X509Svid>>,
+}
+
+impl Snapshot {
+    /// Whether this certificate, its identity or its node has been revoked.
+    pub fn revoked(&self, leaf: &Leaf) -> Option<Revoked> {
+        self.bundle.revocations().judge(leaf)
+    }
 }
 
 /// The shared, changing state of trust.
@@ -39,7 +51,13 @@ pub struct Trust {
 impl Trust {
     /// Starts from a bundle, holding no SVID.
     pub fn new(bundle: TrustBundle) -> Arc<Self> {
-        let first = Snapshot { epoch: 1, bundle_epoch: 1, bundle: Arc::new(bundle), svids: HashMap::new() };
+        let first = Snapshot {
+            epoch: 1,
+            bundle_epoch: 1,
+            roots_epoch: 1,
+            bundle: Arc::new(bundle),
+            svids: HashMap::new(),
+        };
         Arc::new(Self {
             now: ArcSwap::from_pointee(first),
             writing: Mutex::new(()),
@@ -66,6 +84,7 @@ impl Trust {
     pub fn insert(&self, svid: X509Svid) {
         self.change(|next| {
             next.svids.insert(svid.id().clone(), Arc::new(svid));
+            true
         });
     }
 
@@ -74,28 +93,148 @@ impl Trust {
         if self.now.load().svids.keys().all(&keep) {
             return;
         }
-        self.change(|next| next.svids.retain(|id, _| keep(id)));
-    }
-
-    /// Takes a new trust bundle into use; a bundle equal to the current one changes nothing.
-    pub fn set_bundle(&self, bundle: TrustBundle) {
-        if *self.now.load().bundle == bundle {
-            return;
-        }
         self.change(|next| {
-            next.bundle = Arc::new(bundle);
-            next.bundle_epoch += 1;
+            next.svids.retain(|id, _| keep(id));
+            true
         });
     }
 
-    fn change(&self, edit: impl FnOnce(&mut Snapshot)) {
+    /// Takes a new trust bundle into use; a bundle equal to the current one changes nothing.
+    ///
+    /// Its revocations are taken only if they are newer than those held: roots that come without, or
+    /// from an authority that has lost its list, un-revoke nobody.
+    pub fn set_bundle(&self, bundle: TrustBundle) {
+        self.change_bundle(|held| {
+            let newest = newer(held.revocations(), bundle.revocations());
+            bundle.with_revocations(newest)
+        });
+    }
+
+    /// Takes a list of revocations into use, if it is newer than the one held.
+    pub fn set_revocations(&self, revocations: Revocations) {
+        let revocations = Arc::new(revocations);
+        self.change_bundle(|held| {
+            let newest = newer(held.revocations(), &revocations);
+            held.clone().with_revocations(newest)
+        });
+    }
+
+    /// Resolves when one of these certificates is revoked, at once if it is so already.
+    pub async fn until_revoked(&self, leaves: &[&Leaf]) -> Revoked {
+        let mut changes = self.subscribe();
+        let mut judged: Option<Arc<Revocations>> = None;
+        loop {
+            let now = self.snapshot();
+            let list = now.bundle.revocations();
+            // Most changes are renewed SVIDs: for those nothing is judged again.
+            if !judged.as_ref().is_some_and(|judged| Arc::ptr_eq(judged, list)) {
+                if let Some(revoked) = leaves.iter().find_map(|leaf| now.revoked(leaf)) {
+                    return revoked;
+                }
+                judged = Some(Arc::clone(list));
+            }
+            drop(now);
+            if changes.changed().await.is_err() {
+                // The sender is our own field.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    fn change_bundle(&self, edit: impl FnOnce(&TrustBundle) -> TrustBundle) {
+        self.change(|next| {
+            let bundle = edit(&next.bundle);
+            if *next.bundle == bundle {
+                return false;
+            }
+            next.bundle_epoch += 1;
+            next.roots_epoch += u64::from(next.bundle.roots() != bundle.roots());
+            next.bundle = Arc::new(bundle);
+            true
+        });
+    }
+
+    /// Makes a new snapshot, if `edit` says that it changed anything.
+    fn change(&self, edit: impl FnOnce(&mut Snapshot) -> bool) {
         // A writer that panicked left the old snapshot in place, which is still consistent.
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut next = Snapshot::clone(&self.now.load());
-        edit(&mut next);
+        if !edit(&mut next) {
+            return;
+        }
         next.epoch += 1;
         let epoch = next.epoch;
         self.now.store(Arc::new(next));
         self.changed.send_replace(epoch);
+    }
+}
+
+fn newer(held: &Arc<Revocations>, offered: &Arc<Revocations>) -> Arc<Revocations> {
+    let newer = if offered.generation() > held.generation() { offered } else { held };
+    Arc::clone(newer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+    use crate::ca::{Ca, create_root};
+    use crate::identity::TrustDomain;
+    use crate::identity::revocation::Subject;
+
+    fn bundle() -> TrustBundle {
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let root = create_root(&domain, SystemTime::now()).unwrap();
+        Ca::from_pem(domain, &root).unwrap().bundle().clone()
+    }
+
+    fn leaf(name: &str) -> Leaf {
+        Leaf {
+            id: SpiffeId::parse(&format!("spiffe://td.test/ns/a/sa/{name}")).unwrap(),
+            node: None,
+            serial: "1".into(),
+            not_before: SystemTime::UNIX_EPOCH,
+            not_after: SystemTime::now() + Duration::from_secs(3600),
+        }
+    }
+
+    fn revoking(leaf: &Leaf) -> Revocations {
+        let mut list = Revocations::default();
+        list.revoke(Subject::SpiffeId(leaf.id.clone()), SystemTime::now()).unwrap();
+        list
+    }
+
+    #[test]
+    fn a_revocation_is_a_change_of_trust_and_an_older_list_un_revokes_nobody() {
+        let trust = Trust::new(bundle());
+        let (web, before) = (leaf("web"), trust.snapshot());
+        trust.set_revocations(revoking(&web));
+        let revoked = trust.snapshot();
+        assert!(revoked.bundle_epoch > before.bundle_epoch && revoked.revoked(&web).is_some());
+        assert_eq!(revoked.roots_epoch, before.roots_epoch, "the roots are the same");
+        trust.set_revocations(Revocations::default());
+        assert_eq!(trust.snapshot().epoch, revoked.epoch, "an older list changes nothing");
+        trust.set_bundle(bundle());
+        let other_roots = trust.snapshot();
+        assert!(other_roots.bundle_epoch > revoked.bundle_epoch);
+        assert!(other_roots.roots_epoch > revoked.roots_epoch);
+        assert!(other_roots.revoked(&web).is_some(), "roots that come without a list leave it as it is");
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_revocation_hears_of_its_own_only() {
+        let trust = Trust::new(bundle());
+        let (web, db) = (leaf("web"), leaf("db"));
+        let leaves = [&web];
+        let waiting = trust.until_revoked(&leaves);
+        tokio::pin!(waiting);
+        trust.set_revocations(revoking(&db));
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut waiting).await;
+        assert!(early.is_err(), "another's revocation is none of ours: {early:?}");
+        let mut both = Revocations::clone(trust.snapshot().bundle.revocations());
+        both.revoke(Subject::SpiffeId(web.id.clone()), SystemTime::now()).unwrap();
+        trust.set_revocations(both);
+        assert_eq!(waiting.await.id, web.id);
     }
 }

@@ -78,7 +78,7 @@ labels! {
         Expired = "expired",
         /// The peer's certificate is not valid yet.
         NotYetValid = "not_yet_valid",
-        /// The peer's certificate or identity was revoked.
+        /// A certificate, the identity in it or its node has been revoked.
         Revoked = "revoked",
         /// An access policy denies the peer.
         DeniedByPolicy = "denied_by_policy",

@@ -27,7 +27,7 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("relay", &["hbone", "verdict"]),
     ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
     ("deliver", &["capture", "netns"]),
-    ("pod", &["deliver", "directory", "tls", "trust", "verdict"]),
+    ("pod", &["deliver", "directory", "identity", "tls", "trust", "verdict"]),
     ("outbound", &["directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
     ("inbound", &["hbone", "identity", "pod", "pool", "relay", "shard", "telemetry", "tls", "verdict"]),
     (
@@ -50,7 +50,7 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("telemetry", &["identity", "trust", "verdict"]),
     ("admin", &["capture", "directory", "enrol", "rotate", "telemetry", "trust"]),
     ("check", &["capture", "config", "directory", "identity", "tls"]),
-    ("cli", &["authority", "ca", "capture", "check", "config", "run", "telemetry"]),
+    ("cli", &["authority", "ca", "capture", "check", "config", "identity", "run", "telemetry"]),
     ("lib", &[]),
 ];
 

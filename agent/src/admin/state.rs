@@ -112,6 +112,8 @@ impl State {
             "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
             "svids": trust.svids.len(),
             "roots": trust.bundle.roots().len(),
+            "revocations": trust.bundle.revocations().entries().len(),
+            "revocationsGeneration": trust.bundle.revocations().generation(),
         }))
     }
 
@@ -148,10 +150,12 @@ impl State {
         let mut rows: Vec<_> = standing
             .iter()
             .map(|(id, how)| {
-                let serial = trust.svids.get(id).map(|svid| svid.leaf().serial.clone());
+                let leaf = trust.svids.get(id).map(|svid| svid.leaf());
+                let revoked = leaf.and_then(|leaf| trust.revoked(leaf)).map(|revoked| revoked.by);
                 json!({
                     "id": id.as_str(),
-                    "serial": serial,
+                    "serial": leaf.map(|leaf| &leaf.serial),
+                    "revoked": revoked,
                     "expires": how.not_after.map(unix),
                     "renewal": unix(how.next),
                     "failures": how.failures,

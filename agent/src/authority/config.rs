@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::config::{ConfigError, DirectoryConfig, read_yaml, seconds};
 use crate::identity::TrustDomain;
+use crate::identity::revocation::MAX_SVID_LIFETIME;
 
 /// `hauberk authority --config FILE`.
 #[derive(Debug, Clone, Deserialize)]
@@ -23,7 +24,8 @@ pub struct AuthorityConfig {
     /// Which identity runs on which node.
     pub directory: DirectoryConfig,
     /// How long SVIDs are valid. Default one hour: long enough to outlive a short outage of the
-    /// authority, short enough that a stolen key is soon worthless.
+    /// authority, short enough that a stolen key is soon worthless. At most 30 days: revocations of what
+    /// was issued are kept for that long.
     #[serde(default = "default_lifetime", rename = "svidLifetimeSeconds", deserialize_with = "seconds")]
     pub svid_lifetime: Duration,
     /// Where /metrics, /healthz and /readyz are served.
@@ -43,6 +45,13 @@ impl AuthorityConfig {
                 path: path.into(),
                 field: "svidLifetimeSeconds".into(),
                 message: "must be at least 10: agents renew at half of it".into(),
+            });
+        }
+        if config.svid_lifetime > MAX_SVID_LIFETIME {
+            return Err(ConfigError::Invalid {
+                path: path.into(),
+                field: "svidLifetimeSeconds".into(),
+                message: format!("must be at most {} (30 days)", MAX_SVID_LIFETIME.as_secs()),
             });
         }
         Ok(config)

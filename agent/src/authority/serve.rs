@@ -11,7 +11,7 @@ use anyhow::Result;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -25,6 +25,7 @@ use super::proto::authority_server::AuthorityServer;
 use super::service::{Counters, Service};
 use crate::ca::{Ca, MAX_CSR_BYTES, ProvenKey};
 use crate::identity::SpiffeId;
+use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, X509Svid};
 use crate::issue::Keypair;
 use crate::tls;
@@ -43,11 +44,12 @@ pub(super) async fn serve(
     listener: TcpListener,
     service: Service,
     ca: Arc<Ca>,
+    bundle: watch::Receiver<Arc<TrustBundle>>,
     counters: Arc<Counters>,
     stop: CancellationToken,
 ) -> Result<()> {
     let (accepted, incoming) = mpsc::channel::<io::Result<Authenticated>>(16);
-    let own = Arc::new(OwnIdentity::new(ca)?);
+    let own = Arc::new(OwnIdentity::new(ca, bundle)?);
     let accepting = tokio::spawn(accept(listener, own, accepted, counters));
     // Load is shed before it is computed: an agent that is told to come back comes back.
     let layers = ServiceBuilder::new().load_shed().concurrency_limit(MAX_REQUESTS).into_inner();
@@ -105,22 +107,30 @@ async fn authenticate(own: &OwnIdentity, tcp: TcpStream, address: SocketAddr) ->
     let config = own.config(SystemTime::now()).map_err(io::Error::other)?;
     let io = TlsAcceptor::from(config).accept(tcp).await?;
     let leaf = io.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let id = match leaf {
-        Some(leaf) => Some(Leaf::from_der(leaf).map_err(io::Error::other)?.id),
+    let leaf = match leaf {
+        Some(leaf) => Some(Arc::new(Leaf::from_der(leaf).map_err(io::Error::other)?)),
         None => None,
     };
-    Ok(Authenticated { io, peer: PeerInfo { id, address } })
+    Ok(Authenticated { io, peer: PeerInfo { leaf, address } })
 }
 
-/// The authority's own SVID, made anew at half of its life.
+/// The authority's own SVID, made anew at half of its life, and whom it accepts now.
 struct OwnIdentity {
     ca: Arc<Ca>,
-    now: Mutex<Option<(SystemTime, Arc<ServerConfig>)>>,
+    bundle: watch::Receiver<Arc<TrustBundle>>,
+    now: Mutex<Option<Made>>,
+}
+
+/// A TLS configuration, when it was made, and the trust it was made from.
+struct Made {
+    at: SystemTime,
+    bundle: Arc<TrustBundle>,
+    config: Arc<ServerConfig>,
 }
 
 impl OwnIdentity {
-    fn new(ca: Arc<Ca>) -> Result<Self> {
-        let own = Self { ca, now: Mutex::new(None) };
+    fn new(ca: Arc<Ca>, bundle: watch::Receiver<Arc<TrustBundle>>) -> Result<Self> {
+        let own = Self { ca, bundle, now: Mutex::new(None) };
         own.config(SystemTime::now())?;
         Ok(own)
     }
@@ -128,13 +138,15 @@ impl OwnIdentity {
     fn config(&self, now: SystemTime) -> Result<Arc<ServerConfig>> {
         // Replaced whole, so a panic elsewhere leaves a good one.
         let mut held = self.now.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((made, config)) = held.as_ref()
-            && now.duration_since(*made).is_ok_and(|age| age < OWN_LIFETIME / 2)
+        let bundle = Arc::clone(&self.bundle.borrow());
+        if let Some(made) = held.as_ref()
+            && Arc::ptr_eq(&made.bundle, &bundle)
+            && now.duration_since(made.at).is_ok_and(|age| age < OWN_LIFETIME / 2)
         {
-            return Ok(Arc::clone(config));
+            return Ok(Arc::clone(&made.config));
         }
-        let config = tls::server::config_with_anonymous_clients(&self.svid(now)?, self.ca.bundle())?;
-        *held = Some((now, Arc::clone(&config)));
+        let config = tls::server::config_with_anonymous_clients(&self.svid(now)?, &bundle)?;
+        *held = Some(Made { at: now, bundle, config: Arc::clone(&config) });
         Ok(config)
     }
 
@@ -149,9 +161,16 @@ impl OwnIdentity {
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
 pub(super) struct PeerInfo {
-    /// The verified identity, if a certificate was presented.
-    pub(super) id: Option<SpiffeId>,
+    /// The verified certificate, if one was presented.
+    pub(super) leaf: Option<Arc<Leaf>>,
     pub(super) address: SocketAddr,
+}
+
+impl PeerInfo {
+    /// The verified identity, if a certificate was presented.
+    pub(super) fn id(&self) -> Option<&SpiffeId> {
+        self.leaf.as_ref().map(|leaf| &leaf.id)
+    }
 }
 
 /// A connection whose peer is known, or known to be nobody.

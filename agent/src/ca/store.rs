@@ -1,7 +1,10 @@
-//! Keeps the authority's state in a directory: the CA, and join tokens that have not been used.
+//! Keeps the authority's state in a directory: the CA, join tokens that have not been used, and what
+//! is revoked.
 //!
 //! Files are written whole or not at all, readable by their owner only. A lock keeps a second
 //! authority out, so two never sign with different roots unnoticed.
+
+mod revocations;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -15,6 +18,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use super::{Ca, CaError, create_root};
 use crate::identity::TrustDomain;
+pub use revocations::RevocationsError;
 
 /// Why the store cannot be used. Each message names the file.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +52,14 @@ pub enum StoreError {
         path: PathBuf,
         /// Why.
         source: CaError,
+    },
+    /// The list of revocations.
+    #[error("{}: {source}", path.display())]
+    Revocations {
+        /// The file.
+        path: PathBuf,
+        /// Why it cannot be read or changed.
+        source: RevocationsError,
     },
     /// No randomness for a token.
     #[error("the system gives no randomness")]
@@ -173,28 +185,40 @@ impl Store {
 
 /// Writes a new file, complete and on disk before it has its name; fails if the name is taken.
 fn create_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    // Unlike a rename, a link never replaces what another has just written.
+    write_whole(path, bytes, |temporary| fs::hard_link(temporary, path))
+}
+
+/// Writes a file in place of an earlier one, complete and on disk before it has its name.
+fn replace_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_whole(path, bytes, |temporary| fs::rename(temporary, path))
+}
+
+fn write_whole(path: &Path, bytes: &[u8], name: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     let temporary = dir.join(format!(".{}-{:x}", std::process::id(), fastrand::u64(..)));
     let written = (|| {
         let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        // Unlike a rename, a link never replaces what another has just written.
-        fs::hard_link(&temporary, path)?;
+        name(&temporary)?;
         File::open(dir)?.sync_all()
     })();
-    let removed = fs::remove_file(&temporary);
-    written.and(removed)
+    // A rename has taken it away already.
+    match fs::remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => written.and(Err(e)),
+        _ => written,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    struct Dir(PathBuf);
+    pub(super) struct Dir(pub(super) PathBuf);
 
     impl Dir {
-        fn new() -> Self {
+        pub(super) fn new() -> Self {
             Self(std::env::temp_dir().join(format!("hauberk-store-{:x}", fastrand::u64(..))))
         }
     }

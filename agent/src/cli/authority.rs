@@ -12,8 +12,10 @@ use clap::{Args, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::{Output, revocation};
 use crate::authority::{self, AuthorityConfig};
 use crate::ca::store::Store;
+use crate::identity::SpiffeId;
 
 #[derive(Debug, Args)]
 pub(super) struct Authority {
@@ -40,6 +42,23 @@ enum Command {
     },
     /// Print the trust bundle (PEM) that agents verify the authority with.
     Bundle,
+    /// Revoke an identity, a node or a certificate: within a second connected agents refuse it and close
+    /// its connections.
+    Revoke {
+        #[command(flatten)]
+        what: revocation::What,
+    },
+    /// Lift a revocation. What was issued before stays refused, except a serial's certificate.
+    Unrevoke {
+        #[command(flatten)]
+        what: revocation::What,
+    },
+    /// List what is revoked.
+    Revocations {
+        /// How to print.
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
 }
 
 impl Authority {
@@ -50,6 +69,9 @@ impl Authority {
             None => serve(config),
             Some(Command::Token { node, ttl, out }) => token(&config, &node, ttl, out),
             Some(Command::Bundle) => bundle(&config),
+            Some(Command::Revoke { what }) => revocation::revoke(&config, what),
+            Some(Command::Unrevoke { what }) => revocation::unrevoke(&config, what),
+            Some(Command::Revocations { output }) => revocation::list(&config, output),
         }
     }
 }
@@ -78,6 +100,10 @@ fn serve(config: AuthorityConfig) -> Result<()> {
 
 fn token(config: &AuthorityConfig, node: &str, ttl: u64, out: Option<PathBuf>) -> Result<()> {
     let store = Store::open(&config.state_dir)?;
+    let id = SpiffeId::node(&config.trust_domain, node).context("--node")?;
+    if let Some(subject) = store.revocations()?.forbids(&id, node, SystemTime::now()) {
+        bail!("{subject} is revoked; `hauberk authority unrevoke` lifts that");
+    }
     let token = store.new_token(node, Duration::from_secs(ttl), SystemTime::now())?;
     match out {
         None => println!("{token}"),

@@ -205,13 +205,13 @@ fn addresses(listed: &[IpAddr], taken: &mut HashSet<IpAddr>) -> Result<Vec<IpAdd
 
 /// Tells one state of a file from another. Follows symbolic links, so that a ConfigMap's swap shows.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Stamp {
+pub(crate) struct Stamp {
     inode: u64,
     length: u64,
     changed: (i64, i64),
 }
 
-fn stamp(path: &Path) -> Option<Stamp> {
+pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
     let meta = std::fs::metadata(path).ok()?;
     Some(Stamp { inode: meta.ino(), length: meta.len(), changed: (meta.mtime(), meta.mtime_nsec()) })
 }

@@ -10,7 +10,9 @@ use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
 use http::{HeaderMap, Method, Request, Uri};
 
-use super::{CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, forwarded};
+use super::{
+    CONNECTION_WINDOW, FRAME_BYTES, Lease, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, forwarded,
+};
 use crate::tls::stream::{Flush, TlsStream};
 
 /// Stands for "the peer's SETTINGS have not come": no peer announces this number of streams.
@@ -30,7 +32,7 @@ pub struct Ask {
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     /// Cloned into every stream: its count is the number of streams in use.
-    lease: Arc<()>,
+    lease: Arc<Lease>,
 }
 
 impl Tunnel {
@@ -67,7 +69,12 @@ impl Tunnel {
             }
         })
         .await?;
-        Ok((Self { send, lease: Arc::new(()) }, driver))
+        Ok((Self { send, lease: Arc::default() }, driver))
+    }
+
+    /// What all its streams share.
+    pub fn lease(&self) -> &Arc<Lease> {
+        &self.lease
     }
 
     /// Streams in use.
@@ -82,7 +89,7 @@ impl Tunnel {
 
     /// Whether the connection can still take streams.
     pub fn is_open(&mut self, cx: &mut Context<'_>) -> bool {
-        !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
+        !self.lease.is_cut() && !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
     }
 
     /// Opens a stream. Does not wait for the answer: the application's first bytes travel with the

@@ -75,6 +75,17 @@ impl Tunnel {
         .await
     }
 
+    /// Ends the connection and all its streams, telling the peer why; resolves when that is sent.
+    pub async fn abort(&mut self, why: h2::Reason) {
+        self.connection.abrupt_shutdown(why);
+        poll_fn(|cx| {
+            let closed = self.connection.poll_closed(cx);
+            let _ = self.flush.poll(cx);
+            closed.map(drop)
+        })
+        .await;
+    }
+
     /// Asks the peer to open no more streams; those that are open go on.
     pub fn graceful_shutdown(&mut self) {
         self.connection.graceful_shutdown();

@@ -1,10 +1,15 @@
-//! A trust bundle: the roots of one trust domain.
+//! A trust bundle: the roots of one trust domain, and what of theirs is revoked.
+//!
+//! Both in one value, so that no verifier can be built from roots and forget the revocations.
+
+use std::sync::Arc;
 
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::TrustDomain;
+use super::revocation::Revocations;
 
 /// Why roots are not a usable trust bundle.
 #[derive(Debug, thiserror::Error)]
@@ -25,15 +30,16 @@ pub enum BundleError {
     },
 }
 
-/// The roots of one trust domain. Never empty.
+/// The roots of one trust domain, never empty, and what is revoked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
     domain: TrustDomain,
     roots: Vec<CertificateDer<'static>>,
+    revocations: Arc<Revocations>,
 }
 
 impl TrustBundle {
-    /// A bundle of these DER roots.
+    /// A bundle of these DER roots, with nothing revoked.
     ///
     /// # Errors
     /// When there is none, or one cannot serve as a trust anchor.
@@ -41,7 +47,7 @@ impl TrustBundle {
         if roots.is_empty() {
             return Err(BundleError::Empty);
         }
-        let bundle = Self { domain, roots };
+        let bundle = Self { domain, roots, revocations: Arc::default() };
         bundle.anchors()?;
         Ok(bundle)
     }
@@ -53,6 +59,17 @@ impl TrustBundle {
     pub fn from_pem(domain: TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
         let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
         Self::new(domain, roots.map_err(|e| BundleError::Pem(e.to_string()))?)
+    }
+
+    /// The same roots with this list of revocations.
+    #[must_use]
+    pub fn with_revocations(self, revocations: Arc<Revocations>) -> Self {
+        Self { revocations, ..self }
+    }
+
+    /// What is revoked.
+    pub fn revocations(&self) -> &Arc<Revocations> {
+        &self.revocations
     }
 
     /// The trust domain these roots speak for.

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::pki_types::CertificateDer;
 use rustls::sign::CertifiedKey;
+use x509_parser::der_parser::{Oid, oid};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{ParseError, SpiffeId};
@@ -36,11 +37,16 @@ pub enum SvidError {
     Key(#[from] rustls::Error),
 }
 
+/// The subject attribute that names the node an SVID was issued to: `host` (RFC 4524, section 2.12).
+const HOST: Oid<'static> = oid!(0.9.2342.19200300.100.1.9);
+
 /// What a leaf certificate says of itself. Nothing in it is trusted until the chain is verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leaf {
     /// The one SPIFFE ID of its URI SAN.
     pub id: SpiffeId,
+    /// The node it was issued to, if the issuer says so: our authority does.
+    pub node: Option<Arc<str>>,
     /// Serial number in lower-case hex without separators.
     pub serial: String,
     /// Start of validity.
@@ -73,9 +79,13 @@ impl Leaf {
             let count = names.iter().filter(|n| matches!(n, GeneralName::URI(_))).count();
             return Err(SvidError::UriSans(count));
         };
+        let id = SpiffeId::parse(uri)?;
+        let host = certificate.subject().iter_attributes().find(|a| *a.attr_type() == HOST);
+        let node = id.node_name().or_else(|| host?.as_str().ok()).map(Arc::from);
         let validity = certificate.validity();
         Ok(Self {
-            id: SpiffeId::parse(uri)?,
+            id,
+            node,
             serial: format!("{:x}", certificate.serial),
             not_before: from_unix(validity.not_before.timestamp()),
             not_after: from_unix(validity.not_after.timestamp()),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
 use hyper_util::rt::TokioIo;
@@ -17,15 +17,17 @@ use tonic::{Code, Status, Streaming};
 use super::{IssueError, Issued, Issuer};
 use crate::authority::proto::authority_client::AuthorityClient;
 use crate::authority::proto::{AttestRequest, Bundle, IssueRequest, Svid, WatchBundleRequest};
+use crate::authority::wire;
+use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
-use crate::identity::{SpiffeId, TrustDomain};
+use crate::identity::svid::X509Svid;
 use crate::tls;
-use crate::trust::Trust;
+use crate::trust::{Snapshot, Trust};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
-/// An SVID and a bundle of several roots fit ten times over.
-const MAX_MESSAGE_BYTES: usize = 256 * 1024;
+/// A silent authority is found out in this time, twice: revocations must not wait for a dead connection.
+const KEEPALIVE: Duration = Duration::from_secs(5);
 
 /// The authority, as one node asks it.
 #[derive(Debug)]
@@ -51,7 +53,7 @@ impl AuthorityIssuer {
 
     async fn client(&self) -> Result<AuthorityClient<Channel>, IssueError> {
         let now = self.trust.snapshot();
-        let svid = now.svids.get(&self.node);
+        let svid = self.node_svid(&now);
         let epoch = (svid.map_or(0, |svid| svid.generation()), now.bundle_epoch);
         let mut held = self.channel.lock().await;
         if let Some((made_with, channel)) = held.as_ref()
@@ -69,19 +71,29 @@ impl AuthorityIssuer {
         let address = self.address.clone();
         let connect = move |_: Uri| connect(connector.clone(), address.clone());
         // The URI only fills HTTP's place; the connector dials the configured address.
-        let endpoint = Endpoint::from_static("http://authority.hauberk").timeout(CALL_TIMEOUT);
+        let endpoint = Endpoint::from_static("http://authority.hauberk")
+            .timeout(CALL_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true);
         let channel = endpoint.connect_with_connector_lazy(tower::service_fn(connect));
         *held = Some((epoch, channel.clone()));
         Ok(self.limited(channel))
     }
 
     fn limited(&self, channel: Channel) -> AuthorityClient<Channel> {
-        AuthorityClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+        AuthorityClient::new(channel).max_decoding_message_size(wire::MAX_BUNDLE_BYTES)
+    }
+
+    /// The node's SVID, as long as the authority accepts it: after that the node attests itself anew.
+    fn node_svid<'a>(&self, now: &'a Snapshot) -> Option<&'a Arc<X509Svid>> {
+        let svid = now.svids.get(&self.node)?;
+        let valid = svid.leaf().not_after > SystemTime::now() && now.revoked(svid.leaf()).is_none();
+        valid.then_some(svid)
     }
 
     async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {
-        let attested =
-            self.trust.svid(&self.node).is_some_and(|s| s.leaf().not_after > std::time::SystemTime::now());
+        let attested = self.node_svid(&self.trust.snapshot()).is_some();
         let mut client = self.client().await?;
         let answer = if attested {
             client.issue(IssueRequest { spiffe_id: id.to_string(), csr: csr.to_vec() }).await
@@ -111,12 +123,21 @@ impl AuthorityIssuer {
     }
 
     fn bundle(&self, bundle: Bundle) -> Result<TrustBundle, IssueError> {
-        let domain = TrustDomain::parse(&bundle.trust_domain).map_err(|e| self.unusable(&e.to_string()))?;
-        if domain != *self.trust.snapshot().bundle.domain() {
-            return Err(self.unusable(&format!("a bundle of another trust domain, {domain}")));
+        let bundle = wire::read(bundle).map_err(|e| self.unusable(&e.to_string()))?;
+        let held = Arc::clone(&self.trust.snapshot().bundle);
+        if bundle.domain() != held.domain() {
+            return Err(self.unusable(&format!("a bundle of another trust domain, {}", bundle.domain())));
         }
-        let roots = bundle.roots.into_iter().map(CertificateDer::from).collect();
-        TrustBundle::new(domain, roots).map_err(|e| self.unusable(&e.to_string()))
+        let (offered, known) = (bundle.revocations().generation(), held.revocations().generation());
+        // 0 is what a bundle without a list has.
+        if offered > 0 && offered < known {
+            tracing::warn!(
+                offered,
+                known,
+                "the authority's revocations are older than those known here, which stay in force; any change at the authority makes its list the newer one"
+            );
+        }
+        Ok(bundle)
     }
 
     async fn bundle_from_stream(&self) -> Result<TrustBundle, IssueError> {

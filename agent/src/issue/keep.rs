@@ -1,7 +1,8 @@
-//! Keeps the node's own SVID over a restart of the agent, in memory only; and, in [`tickets`], the
-//! keys of session tickets.
+//! Keeps the node's own SVID over a restart of the agent, in memory only, and what it knew of
+//! revocations; in [`tickets`], the keys of session tickets.
 //!
-//! A restarted agent has used its join token up. Keys never touch a disk: the file is written only
+//! A restarted agent has used its join token up, and must not forget whom it refused while the
+//! authority is away. Keys never touch a disk: the file is written only
 //! where the file system is a tmpfs, and goes with the machine's power.
 
 pub mod tickets;
@@ -18,13 +19,14 @@ use rustls::pki_types::pem::PemObject;
 
 use super::Keypair;
 use crate::identity::SpiffeId;
+use crate::identity::revocation::Revocations;
 use crate::identity::svid::X509Svid;
 
 /// `RAMFS_MAGIC`, include/uapi/linux/magic.h.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
-/// A file for one SVID.
-#[derive(Debug)]
+/// Files for one SVID and one list.
+#[derive(Clone, Debug)]
 pub struct Keep {
     path: PathBuf,
     in_memory: bool,
@@ -74,6 +76,31 @@ impl Keep {
         text.push_str(&key.to_pem());
         replace(&self.path, text.as_bytes()).map(drop)
     }
+
+    /// The revocations that were kept; none if there were none.
+    ///
+    /// # Errors
+    /// When there is a file that cannot be read. Whoever was refused before must not be accepted then.
+    pub fn load_revocations(&self) -> io::Result<Revocations> {
+        match fs::read(self.revocations()) {
+            Ok(text) => Ok(serde_json::from_slice(&text)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Revocations::default()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Keeps a list of revocations, in place of an earlier one. It is no secret: any file system will
+    /// do.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_revocations(&self, list: &Revocations) -> io::Result<()> {
+        replace(&self.revocations(), &serde_json::to_vec(list)?).map(drop)
+    }
+
+    fn revocations(&self) -> PathBuf {
+        self.path.with_file_name("revocations.json")
+    }
 }
 
 /// Makes the directory if need be; whether what is in it never touches a disk.
@@ -118,5 +145,23 @@ mod tests {
         fs::remove_dir_all(&dir).unwrap();
         assert_eq!(loaded.as_ref(), Some(svid.leaf()));
         assert!(!late && !other);
+    }
+
+    #[test]
+    fn revocations_come_back_and_a_spoilt_file_is_no_empty_list() {
+        let dir = std::env::temp_dir().join(format!("hauberk-keep-{:x}", fastrand::u64(..)));
+        let keep = Keep::in_dir(&dir);
+        let none = keep.load_revocations().unwrap();
+        let mut list = Revocations::default();
+        let serial = crate::identity::revocation::Serial::parse("ab").unwrap();
+        let subject = crate::identity::revocation::Subject::Serial(serial);
+        list.revoke(subject, SystemTime::now()).unwrap();
+        keep.save_revocations(&list).unwrap();
+        let loaded = keep.load_revocations().unwrap();
+        fs::write(dir.join("revocations.json"), "{").unwrap();
+        let spoilt = keep.load_revocations();
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!((none, loaded), (Revocations::default(), list));
+        assert!(spoilt.is_err());
     }
 }

@@ -1,7 +1,7 @@
 //! Makes a connection: TCP, mutual TLS as the source, HTTP/2. The only place that dials peers.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustls::HandshakeKind;
@@ -14,14 +14,15 @@ use super::slot::Epoch;
 use super::{Failure, Key};
 use crate::config::TunnelConfig;
 use crate::hbone::client::{Driver, Tunnel};
+use crate::hbone::{LAST_WORDS, Lease};
 use crate::identity::SpiffeId;
-use crate::identity::svid::X509Svid;
+use crate::identity::svid::{Leaf, X509Svid};
 use crate::telemetry::{Observe, Role};
-use crate::tls;
 use crate::tls::client::Dial;
 use crate::tls::handshake::{self, Established};
 use crate::tls::memory::Memory;
 use crate::tls::verify::Expected;
+use crate::tls::{self, Settled};
 use crate::trust::{Snapshot, Trust};
 use crate::verdict::Reason;
 
@@ -58,16 +59,16 @@ impl Dialer {
     pub(super) async fn dial(&self, key: &Key) -> Result<Dialled, Failure> {
         let (svid, snapshot) = self.svid(&key.source).await?;
         let mut again = true;
-        let (tunnel, driver) = loop {
+        let (tunnel, peer, driver) = loop {
             let tcp = self.connect(key).await?;
             let began = Instant::now();
             let handshake =
                 timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
             let outcome = handshake.await.unwrap_or_else(|_| Err(Refusal::from(io::ErrorKind::TimedOut)));
             let refusal = match outcome {
-                Ok((tunnel, driver, resumed)) => {
+                Ok((tunnel, driver, Settled { leaf: peer, resumed, .. })) => {
                     self.observe.handshake(Role::Client, began.elapsed(), resumed);
-                    break (tunnel, driver);
+                    break (tunnel, peer, driver);
                 }
                 Err(refusal) => refusal,
             };
@@ -79,13 +80,35 @@ impl Dialer {
             }
         };
         self.observe.pool(1);
-        let observe = self.observe.clone();
+        let (dialler, own) = (self.clone(), svid.leaf().clone());
+        // The strong ones are counted: the tunnel's, and one for each stream.
+        let lease = Arc::downgrade(tunnel.lease());
         tokio::spawn(async move {
-            // How it ended shows in the streams; a pooled connection that just ends is no event.
-            let _ = driver.await;
-            observe.pool(-1);
+            dialler.drive(driver, [&own, &peer], lease).await;
+            dialler.observe.pool(-1);
         });
         Ok(Dialled { tunnel, epoch: epoch(&svid, &snapshot) })
+    }
+
+    /// Moves a tunnel's bytes until it ends, or until one of its two certificates is revoked.
+    async fn drive(
+        &self,
+        driver: impl Future<Output = Result<(), h2::Error>>,
+        leaves: [&Leaf; 2],
+        lease: Weak<Lease>,
+    ) {
+        let mut driver = std::pin::pin!(driver);
+        let revoked = tokio::select! {
+            // How it ended shows in the streams; a pooled connection that just ends is no event.
+            _ = &mut driver => return,
+            revoked = self.trust.until_revoked(&leaves) => revoked,
+        };
+        if let Some(lease) = lease.upgrade() {
+            lease.cut();
+        }
+        self.observe.cut(Role::Client, &revoked);
+        // The streams' resets tell the peer why.
+        let _ = timeout(LAST_WORDS, driver).await;
     }
 
     /// The source's SVID; one that is just being issued is worth a moment's patience.
@@ -100,10 +123,15 @@ impl Dialer {
                 changes.changed().await.ok()?;
             }
         };
-        timeout(self.config.handshake_timeout, held).await.ok().flatten().ok_or_else(|| Failure {
-            reason: Reason::NoSvid,
-            detail: format!("no SVID has been issued for {source} yet").into(),
-        })
+        let (svid, now) =
+            timeout(self.config.handshake_timeout, held).await.ok().flatten().ok_or_else(|| Failure {
+                reason: Reason::NoSvid,
+                detail: format!("no SVID has been issued for {source} yet").into(),
+            })?;
+        match now.revoked(svid.leaf()) {
+            None => Ok((svid, now)),
+            Some(revoked) => Err(Failure { reason: Reason::Revoked, detail: revoked.to_string().into() }),
+        }
     }
 
     async fn connect(&self, key: &Key) -> Result<TcpStream, Failure> {
@@ -123,17 +151,18 @@ impl Dialer {
         svid: &X509Svid,
         snapshot: &Snapshot,
         tcp: TcpStream,
-    ) -> Result<(Tunnel, Driver, bool), Refusal> {
+    ) -> Result<(Tunnel, Driver, Settled), Refusal> {
         let dial = self.how(key, svid, snapshot).map_err(|e| Refusal { error: into(e), resumed: false })?;
         // SNI is off and identities are SPIFFE IDs: the name only tells sessions apart.
         let name = ServerName::IpAddress(key.address.ip().into());
         let Established { stream, session } =
             handshake::connect(Arc::clone(dial.config()), name, tcp).await?;
         let resumed = session.kind == HandshakeKind::Resumed;
-        dial.settle(Some(session.kind), session.peer_chain())
+        let settled = dial
+            .settle(Some(session.kind), session.peer_chain())
             .map_err(|error| Refusal { error: into(error), resumed })?;
         let (tunnel, driver) = Tunnel::start(stream, self.config.stream_window).await.map_err(into_io)?;
-        Ok((tunnel, driver, resumed))
+        Ok((tunnel, driver, settled))
     }
 
     fn how(&self, key: &Key, svid: &X509Svid, snapshot: &Snapshot) -> Result<Arc<Dial>, rustls::Error> {
@@ -160,7 +189,7 @@ fn into(error: rustls::Error) -> io::Error {
 
 /// Names the state of trust that an SVID and a snapshot make.
 fn epoch(svid: &Arc<X509Svid>, snapshot: &Snapshot) -> Epoch {
-    Epoch { svid: svid.generation(), bundle: snapshot.bundle_epoch }
+    Epoch { svid: svid.generation(), roots: snapshot.roots_epoch }
 }
 
 /// What every connection between agents has: no delay, and an end when the peer is gone.

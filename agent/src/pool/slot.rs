@@ -26,13 +26,13 @@ struct Pooled {
     idle_since: Option<Instant>,
 }
 
-/// Names a state of trust for one source: its SVID's serial and the bundle's epoch.
+/// Names a state of trust for one source: its SVID's serial and the roots' epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Epoch {
     /// Distinguishes the SVIDs an identity has had.
     pub svid: u64,
-    /// The trust bundle's epoch.
-    pub bundle: u64,
+    /// The epoch of the trust bundle's roots.
+    pub roots: u64,
 }
 
 /// One key's connections.

@@ -10,7 +10,7 @@ use h2::SendStream;
 use tokio::net::tcp::ReadHalf;
 use tokio_util::io::poll_read_buf;
 
-use crate::hbone::FRAME_BYTES;
+use crate::hbone::{self, FRAME_BYTES};
 use crate::verdict::Reason;
 
 /// Grown in steps of several frames, so that an allocation serves many reads.
@@ -41,8 +41,8 @@ impl Up {
     }
 
     /// Tells the peer that this did not end well.
-    pub(super) fn reset(&mut self) {
-        self.send.send_reset(h2::Reason::CANCEL);
+    pub(super) fn reset(&mut self, code: h2::Reason) {
+        self.send.send_reset(code);
     }
 
     /// Moves what can be moved; ready once the application's end was passed on.
@@ -58,7 +58,7 @@ impl Up {
             }
             match ready!(poll_read(app, cx)) {
                 Ok(chunk) if chunk.is_empty() => {
-                    self.send.send_data(chunk, true).map_err(|e| crate::hbone::reason(&e))?;
+                    self.send.send_data(chunk, true).map_err(|e| hbone::reason(&e))?;
                     self.ended = true;
                     return Poll::Ready(Ok(()));
                 }
@@ -79,13 +79,13 @@ impl Up {
             if room == 0 {
                 room = match ready!(self.send.poll_capacity(cx)) {
                     Some(Ok(room)) => room,
-                    Some(Err(e)) => return Poll::Ready(Err(crate::hbone::reason(&e))),
+                    Some(Err(e)) => return Poll::Ready(Err(hbone::reason(&e))),
                     None => return Poll::Ready(Err(Reason::PeerReset)),
                 };
             }
             let part = self.waiting.split_to(room.min(self.waiting.len()));
             if !part.is_empty() {
-                self.send.send_data(part, false).map_err(|e| crate::hbone::reason(&e))?;
+                self.send.send_data(part, false).map_err(|e| hbone::reason(&e))?;
             }
         }
         Poll::Ready(Ok(()))
@@ -95,8 +95,9 @@ impl Up {
 /// Why the stream was closed under us.
 fn closed(outcome: Result<h2::Reason, h2::Error>) -> Reason {
     match outcome {
+        Ok(code) if code == hbone::code(Reason::Revoked) => Reason::Revoked,
         Ok(_) => Reason::PeerReset,
-        Err(e) => crate::hbone::reason(&e),
+        Err(e) => hbone::reason(&e),
     }
 }
 

@@ -61,6 +61,10 @@ pub struct Metrics {
     connections: Connections,
     handshakes: Handshakes,
     pool: IntGauge,
+    /// `[role]`.
+    cut: [IntCounter; 2],
+    revocations: IntGauge,
+    generation: IntGauge,
     pods: IntGauge,
     expiry: GaugeVec,
     dropped: IntGauge,
@@ -100,7 +104,22 @@ impl Metrics {
     /// When two metrics have one name, which is a mistake in this file.
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
+        let cut = counters(
+            &registry,
+            "hauberk_revoked_tunnels_total",
+            "Tunnels closed because a certificate of theirs was revoked, by our side of them.",
+            &["role"],
+        )?;
         Ok(Self {
+            cut: ROLES.map(|role| cut.with_label_values(&[role])),
+            revocations: register(&registry, IntGauge::new("hauberk_revocations", "Revocations in force.")?)?,
+            generation: register(
+                &registry,
+                IntGauge::new(
+                    "hauberk_revocations_generation",
+                    "Generation of the list of revocations; the authority's own says whether it is the newest.",
+                )?,
+            )?,
             connections: Connections::new(&registry)?,
             handshakes: Handshakes::new(&registry)?,
             pool: register(
@@ -177,6 +196,10 @@ impl Metrics {
         self.handshakes.chains[usize::from(!known)].inc();
     }
 
+    pub(super) fn cut(&self, role: Role) {
+        self.cut[side(role)].inc();
+    }
+
     pub(super) fn pool(&self, change: i64) {
         self.pool.add(change);
     }
@@ -189,6 +212,9 @@ impl Metrics {
         for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {
             self.expiry.with_label_values(&[id.as_str()]).set(unix(svid.leaf().not_after));
         }
+        let revocations = trust.bundle.revocations();
+        self.revocations.set(i64::try_from(revocations.entries().len()).unwrap_or(i64::MAX));
+        self.generation.set(i64::try_from(revocations.generation()).unwrap_or(i64::MAX));
         let dropped = trust.svids.len().saturating_sub(MAX_CERTIFICATES);
         self.dropped.set(i64::try_from(dropped).unwrap_or(i64::MAX));
         for (verdict, count) in KERNEL_VERDICTS.iter().zip(kernel) {

@@ -18,6 +18,7 @@ use super::provider::provider;
 use super::verify::Misidentified;
 use crate::identity::TrustDomain;
 use crate::identity::bundle::TrustBundle;
+use crate::identity::revocation::{Revocations, Revoked};
 use crate::identity::svid::{Leaf, SvidError, validity};
 use crate::telemetry::Observe;
 
@@ -54,6 +55,7 @@ pub struct Roots {
     anchors: RootCertStore,
     algorithms: WebPkiSupportedAlgorithms,
     digest: Digest,
+    revocations: Arc<Revocations>,
     chains: Mutex<Bounded<Digest, Arc<Verified>>>,
     observe: Option<Observe>,
 }
@@ -73,6 +75,7 @@ impl Roots {
             anchors,
             algorithms: provider().signature_verification_algorithms,
             digest: digest(&parts),
+            revocations: Arc::clone(bundle.revocations()),
             chains: Mutex::new(Bounded::new(MAX_CHAINS)),
             observe,
         }))
@@ -86,6 +89,12 @@ impl Roots {
     /// Names the roots by their content: the same in every agent, and over restarts.
     pub fn digest(&self) -> &Digest {
         &self.digest
+    }
+
+    /// Whether this certificate, its identity or its node has been revoked. Not part of the digest:
+    /// a revocation concerns those it names, and a session of theirs is judged whenever it resumes.
+    pub fn revoked(&self, leaf: &Leaf) -> Option<Revoked> {
+        self.revocations.judge(leaf)
     }
 
     /// Whether the chain leads to a root now, and its leaf is an X.509-SVID (X509-SVID, section 5.1).

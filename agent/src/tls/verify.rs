@@ -1,4 +1,5 @@
-//! Who the peer is: chain to the trust bundle, then exactly one SPIFFE ID, then the right one.
+//! Who the peer is: chain to the trust bundle, then exactly one SPIFFE ID, then the right one, and
+//! none of it revoked.
 //!
 //! Host names play no part. An identity is compared as a whole value (`SpiffeId`), after the chain
 //! was verified, on the very bytes that were verified. A resumed session is judged by this same code,
@@ -133,7 +134,7 @@ impl PeerVerifier {
         [*self.roots.digest(), self.judge.as_ref().map_or([0; 32], |judge| judge.digest())]
     }
 
-    /// Chain, then identity (X509-SVID, section 5.1), then whatever else has to hold.
+    /// Chain, then identity (X509-SVID, section 5.1), then revocation, then whatever else has to hold.
     ///
     /// # Errors
     /// In rustls' words; see [`super::rustls_reason`].
@@ -146,6 +147,11 @@ impl PeerVerifier {
     ) -> Result<Arc<Verified>, Error> {
         let verified = self.roots.verify(leaf, intermediates, now, usage)?;
         self.identify(&verified.leaf.id).map_err(|who| refuse(Arc::new(who)))?;
+        if let Some(revoked) = self.roots.revoked(&verified.leaf) {
+            // rustls' error for this tells the peer by the right alert, but has no room for words.
+            tracing::warn!(%revoked, "a peer presented a revoked certificate");
+            return Err(Error::InvalidCertificate(CertificateError::Revoked));
+        }
         if let Some(judge) = &self.judge {
             judge.judge(&verified.leaf, now).map_err(|why| refuse(Arc::new(why)))?;
         }
