@@ -249,7 +249,7 @@ fn measure(world: &World) -> Result<()> {
 
 fn bulk(world: &World, from: &str, to: &str) -> Result<f64> {
     let at = world.get(to).v4.to_string();
-    crate::bench::iperf(&world.get(from).host, &at, "5201", 1, 2)
+    Ok(crate::bench::iperf(&world.get(from).host, &at, "5201", 1, 2)?.mb_per_second)
 }
 
 fn look_around(world: &World) {

@@ -33,7 +33,7 @@ enum Verb {
     Check,
     /// Run each fuzz target for a while.
     Fuzz(fuzz::Fuzz),
-    /// Measure against the direct path and a pair of HAProxy, side by side.
+    /// Measure against the direct path and other proxies, side by side; --report keeps it.
     Bench(bench::Bench),
     /// Remove what killed demos and tests left: namespaces, cgroups, mounts.
     Clean,

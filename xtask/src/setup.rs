@@ -20,13 +20,15 @@ const PROGRAMS: [(&str, &str, &str); 15] = [
     ("nginx", "nginx-light", "a server of demo and benchmark"),
     ("iperf3", "iperf3", "throughput in demo and benchmark"),
     ("wrk", "wrk", "latency in demo and benchmark"),
-    ("haproxy", "haproxy", "the benchmark's named peer"),
+    ("haproxy", "haproxy", "a named peer of the benchmark"),
     ("nghttpd", "nghttp2-server", "an HTTP/2 server of the tests"),
     ("h2load", "nghttp2-client", "an HTTP/2 client of the tests"),
     ("psql", "postgresql-client", "a client of the tests"),
     ("setpriv", "util-linux", "the tests take privileges away"),
 ];
 
+/// nginx' module for TCP, where Debian puts it.
+pub(crate) const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 const BPF_LINKER: &str = "0.10.3";
 const CARGO_DENY: &str = "0.20.2";
 
@@ -54,6 +56,9 @@ fn missing_packages() -> Vec<(&'static str, &'static str)> {
     if !Path::new("/usr/lib/postgresql").exists() {
         missing.push(("postgresql", "a server of the tests"));
     }
+    if !Path::new(NGINX_STREAM).exists() {
+        missing.push(("libnginx-mod-stream", "another named peer of the benchmark"));
+    }
     missing
 }
 
@@ -64,7 +69,7 @@ fn packages() -> Result<()> {
     }
     step("Debian packages");
     for (package, why) in &missing {
-        println!("  {package}: {why}");
+        shell::say(&format!("  {package}: {why}"));
     }
     if !have("apt-get") {
         bail!("this is no Debian: install these yourself, then run it again");
@@ -147,7 +152,7 @@ fn install_rust_src() -> Result<()> {
     if have("rustup") && shell::run(command("rustup", &["component", "add", "rust-src"])).is_ok() {
         return Ok(());
     }
-    println!("  rustup cannot fetch it; taking the very same version from Debian");
+    shell::say("  rustup cannot fetch it; taking the very same version from Debian");
     let unpacked = debian_rust_src()?;
     // A dangling link of an earlier try would be in the way.
     let _ = fs::remove_file(&place);

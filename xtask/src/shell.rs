@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -21,9 +22,26 @@ pub(crate) fn tools() -> Result<PathBuf> {
     Ok(cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("hauberk"))
 }
 
+/// Whether standard output is kept for a result that a program reads.
+static PROGRESS_ON_STDERR: AtomicBool = AtomicBool::new(false);
+
+/// From now on progress goes to standard error.
+pub(crate) fn keep_stdout_for_the_result() {
+    PROGRESS_ON_STDERR.store(true, Ordering::Relaxed);
+}
+
+/// Says a line of progress.
+pub(crate) fn say(line: &str) {
+    if PROGRESS_ON_STDERR.load(Ordering::Relaxed) {
+        eprintln!("{line}");
+    } else {
+        println!("{line}");
+    }
+}
+
 /// Says what comes now.
 pub(crate) fn step(what: &str) {
-    println!("\n== {what}");
+    say(&format!("\n== {what}"));
 }
 
 /// A command at the repository's top.
@@ -36,14 +54,17 @@ pub(crate) fn command<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Command {
 /// Runs a command and says which; its output goes where ours does.
 pub(crate) fn run(mut command: Command) -> Result<()> {
     let shown = shown(&command);
-    println!("$ {shown}");
+    say(&format!("$ {shown}"));
+    if PROGRESS_ON_STDERR.load(Ordering::Relaxed) {
+        command.stdout(std::io::stderr());
+    }
     let began = Instant::now();
     let status = command.status().with_context(|| format!("cannot run {shown}"))?;
     if !status.success() {
         bail!("{shown}: {status}");
     }
     if began.elapsed().as_secs() >= 5 {
-        println!("  ({} s)", began.elapsed().as_secs());
+        say(&format!("  ({} s)", began.elapsed().as_secs()));
     }
     Ok(())
 }
@@ -79,4 +100,24 @@ pub(crate) fn build(release: bool) -> Result<PathBuf> {
     run(command("cargo", &args))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     Ok(target.join(if release { "release" } else { "debug" }))
+}
+
+/// Builds a `[[bench]]` program of the agent's package and puts it beside the binaries, as cargo
+/// itself hides it behind a hash.
+pub(crate) fn build_beside(bins: &Path, bench: &str, release: bool) -> Result<()> {
+    let mut args = vec!["build", "--package", "hauberk", "--bench", bench];
+    args.push("--message-format=json-render-diagnostics");
+    if release {
+        args.push("--release");
+    }
+    let said = output(command("cargo", &args))?;
+    let messages = said.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let built = messages
+        .filter(|message| message["target"]["name"] == bench)
+        .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
+        .with_context(|| format!("cargo did not say where it has built {bench}"))?;
+    // Renamed into place: another run may be using the file.
+    let new = bins.join(format!("{bench}.{}", std::process::id()));
+    std::fs::copy(&built, &new).with_context(|| format!("cannot copy {}", built.display()))?;
+    Ok(std::fs::rename(new, bins.join(bench))?)
 }

@@ -5,9 +5,10 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use crate::bench::{Bench, handshakes};
 use crate::demo::Demo;
 use crate::fuzz::Fuzz;
-use crate::shell::{build, command, run, step};
+use crate::shell::{build, build_beside, command, run, step};
 use crate::{check, setup};
 
 #[derive(Debug, Args)]
@@ -31,7 +32,10 @@ impl Test {
         step("fuzzing, briefly (cargo xtask fuzz goes on longer)");
         Fuzz::each(self.fuzz_seconds).run()?;
         step("the demo, with the tests' own build");
-        Demo::with_bins(bins).run()?;
+        Demo::with_bins(bins.clone()).run()?;
+        step("whether the benchmark works (cargo xtask bench measures with care)");
+        build_beside(&bins, handshakes::PROGRAM, false)?;
+        Bench::quick(bins).run()?;
         step("nothing is left behind");
         let left = tests::sweep::all_remains()?;
         if !left.is_empty() {

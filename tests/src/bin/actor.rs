@@ -67,9 +67,32 @@ enum Act {
     /// Connections one after another in parallel lanes, each with one exchange.
     Many { to: SocketAddr, count: u64, lanes: u64 },
     /// Connections all open at once, each with one exchange; held until standard input ends.
-    Hold { to: SocketAddr, count: u64 },
+    Hold {
+        to: SocketAddr,
+        count: u64,
+        /// Sends so much through each, and reads it back, once all are open.
+        #[arg(long, default_value_t = 0)]
+        bytes: u64,
+    },
     /// Writes until the peer pushes back for a second; prints how much, holds until input ends.
-    Push { to: SocketAddr },
+    Push {
+        to: SocketAddr,
+        /// So many connections; the second passes without progress on any.
+        #[arg(long, default_value_t = 1)]
+        count: u64,
+    },
+    /// Exchanges on a new connection each, one after another; how many microseconds each took.
+    Times {
+        /// Where: the first gets all its exchanges before the second.
+        to: Vec<SocketAddr>,
+        /// So many with each.
+        #[arg(long, default_value_t = 1)]
+        count: u64,
+        /// Some unmeasured ones with this server before, so that the first measured one finds a
+        /// client that has run before.
+        #[arg(long)]
+        warm: Option<SocketAddr>,
+    },
     /// One-byte writes without delay, through an echo server.
     Chatty { to: SocketAddr, count: u64 },
     /// Exchanges for this long on one connection at a time; counts what fails.
@@ -107,8 +130,9 @@ async fn act(act: Act) -> Result<()> {
         Act::Poke { to } => say(poke(to).await),
         Act::Abort { to } => say(abort(to).await?),
         Act::Many { to, count, lanes } => say(many(to, count, lanes).await),
-        Act::Hold { to, count } => hold(to, count).await,
-        Act::Push { to } => push(to).await,
+        Act::Hold { to, count, bytes } => hold(to, count, bytes).await,
+        Act::Push { to, count } => push(to, count).await,
+        Act::Times { to, count, warm } => say(times(&to, count, warm).await?),
         Act::Chatty { to, count } => say(chatty(to, count).await?),
         Act::Loop { to, seconds } => say(exchange_for(to, seconds).await),
         Act::UdpAsk { to } => say(udp_ask(to).await?),
@@ -472,7 +496,7 @@ async fn many(to: SocketAddr, count: u64, lanes: u64) -> Value {
     json!({"outcomes": all, "ok": all.get("ok").copied().unwrap_or(0), "seconds": began.elapsed().as_secs_f64()})
 }
 
-async fn hold(to: SocketAddr, count: u64) -> Result<()> {
+async fn hold(to: SocketAddr, count: u64, bytes: u64) -> Result<()> {
     let mut open = Vec::new();
     let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
     let mut batch = tokio::task::JoinSet::new();
@@ -499,6 +523,9 @@ async fn hold(to: SocketAddr, count: u64) -> Result<()> {
             }
         }
     }
+    if bytes > 0 {
+        open = move_through(open, bytes).await?;
+    }
     // Every one must still be usable while all are open.
     let mut alive = 0;
     for (number, tcp) in open.iter_mut().enumerate() {
@@ -512,20 +539,77 @@ async fn hold(to: SocketAddr, count: u64) -> Result<()> {
     Ok(())
 }
 
-async fn push(to: SocketAddr) -> Result<()> {
-    let mut tcp = TcpStream::connect(to).await?;
-    let chunk = vec![1; 64 * 1024];
-    let mut written = 0u64;
-    while let Ok(outcome) = timeout(Duration::from_secs(1), tcp.write(&chunk)).await {
-        written += outcome? as u64;
-        if written > 4 << 30 {
+/// Moves bytes through every connection and back, on some at a time; an echo server answers.
+async fn move_through(open: Vec<TcpStream>, bytes: u64) -> Result<Vec<TcpStream>> {
+    let mut waiting = open.into_iter();
+    let mut moved = Vec::new();
+    let mut batch = tokio::task::JoinSet::new();
+    loop {
+        while batch.len() < 64 {
+            let Some(mut tcp) = waiting.next() else { break };
+            batch.spawn(async move {
+                let (mut read, mut write) = tcp.split();
+                let chunk = vec![3; bytes as usize];
+                let mut back = vec![0; bytes as usize];
+                tokio::try_join!(write.write_all(&chunk), read.read_exact(&mut back))?;
+                Ok::<_, io::Error>(tcp)
+            });
+        }
+        match batch.join_next().await {
+            Some(done) => moved.push(done??),
+            None => return Ok(moved),
+        }
+    }
+}
+
+async fn push(to: SocketAddr, count: u64) -> Result<()> {
+    let written = Arc::new(AtomicU64::new(0));
+    let mut pushing = tokio::task::JoinSet::new();
+    for _ in 0..count {
+        let mut tcp = TcpStream::connect(to).await?;
+        let written = Arc::clone(&written);
+        pushing.spawn(async move {
+            let chunk = vec![1; 64 * 1024];
+            loop {
+                let length = tcp.write(&chunk).await?;
+                if written.fetch_add(length as u64, Ordering::Relaxed) > 4 << 30 {
+                    return Ok::<_, io::Error>(tcp);
+                }
+            }
+        });
+    }
+    let mut before = u64::MAX;
+    while before != written.load(Ordering::Relaxed) {
+        before = written.load(Ordering::Relaxed);
+        // None may end: a connection that was closed is not one that pushes back.
+        if let Ok(Some(ended)) = timeout(Duration::from_secs(1), pushing.join_next()).await {
+            drop(ended??);
             break;
         }
     }
     println!("ready");
-    say(json!({"written": written}))?;
+    say(json!({"written": written.load(Ordering::Relaxed)}))?;
     input_ends().await;
     Ok(())
+}
+
+async fn times(to: &[SocketAddr], count: u64, warm: Option<SocketAddr>) -> Result<Value> {
+    if let Some(warm) = warm {
+        for number in 0..20 {
+            exchange(warm, number).await.with_context(|| warm.to_string())?;
+        }
+    }
+    let mut all = Vec::new();
+    for to in to {
+        let mut micros = Vec::new();
+        for number in 0..count {
+            let began = Instant::now();
+            exchange(*to, number).await.with_context(|| to.to_string())?;
+            micros.push(began.elapsed().as_nanos() as f64 / 1e3);
+        }
+        all.push(micros);
+    }
+    Ok(json!({"us": all}))
 }
 
 async fn chatty(to: SocketAddr, count: u64) -> Result<Value> {
