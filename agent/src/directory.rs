@@ -5,7 +5,7 @@
 
 pub mod file;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,8 +51,10 @@ pub struct Workload {
 /// A node with an agent of ours on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// Its name; its agent is `spiffe://TRUST-DOMAIN/node/NAME`.
+    /// Its name.
     pub name: String,
+    /// Its agent's identity, `spiffe://TRUST-DOMAIN/node/NAME`.
+    pub id: SpiffeId,
     /// Where its agent accepts connections that carry every workload's streams (node scope).
     pub address: IpAddr,
     /// Its zone, if it is in one: nearer endpoints of a service are preferred.
@@ -102,6 +104,8 @@ pub enum ResolveError {
 pub struct Directory {
     workloads: Vec<Arc<Workload>>,
     by_address: HashMap<IpAddr, Arc<Workload>>,
+    /// The nodes on which an identity runs.
+    placed: HashMap<SpiffeId, HashSet<String>>,
     services: HashMap<IpAddr, Arc<Service>>,
     nodes: HashMap<String, Arc<Node>>,
 }
@@ -111,10 +115,14 @@ impl Directory {
     pub fn new(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>>, nodes: Vec<Arc<Node>>) -> Self {
         let by_address =
             workloads.iter().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(w)))).collect();
+        let mut placed: HashMap<SpiffeId, HashSet<String>> = HashMap::new();
+        for workload in workloads.iter().filter(|w| w.mode != Mode::Off) {
+            placed.entry(workload.id.clone()).or_default().insert(workload.node.clone());
+        }
         let services =
             services.iter().flat_map(|s| s.addresses.iter().map(|a| (*a, Arc::clone(s)))).collect();
         let nodes = nodes.into_iter().map(|node| (node.name.clone(), node)).collect();
-        Self { workloads, by_address, services, nodes }
+        Self { workloads, by_address, placed, services, nodes }
     }
 
     /// A node that is known to have an agent of ours.
@@ -139,7 +147,7 @@ impl Directory {
 
     /// Whether an identity runs on a node.
     pub fn places(&self, id: &SpiffeId, node: &str) -> bool {
-        self.enrolled_on(node).any(|w| w.id == *id)
+        self.placed.get(id).is_some_and(|nodes| nodes.contains(node))
     }
 
     /// Every address whose traffic is captured: workloads in the mesh, and services with at least

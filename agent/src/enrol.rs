@@ -4,6 +4,8 @@
 //! served meanwhile. Runs on a thread of its own, as it enters the pods' network namespaces.
 
 use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,8 +14,10 @@ use crate::capture::{Capture, CaptureError, Listeners};
 use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, Workload};
+use crate::identity::SpiffeId;
+use crate::inbound::Node;
 use crate::netns::Netns;
-use crate::pod::Pod;
+use crate::pod::{Pod, Pods};
 use crate::shard::Thread;
 
 /// How often pods are looked at without a change in the directory: a namespace may have been made
@@ -49,7 +53,11 @@ struct Enrolled {
 pub struct Enroller {
     config: Arc<AgentConfig>,
     capture: Arc<Capture>,
+    /// The enrolled ones, for the data path to find.
+    pods: Arc<Pods>,
     threads: Vec<Thread>,
+    /// Where other agents reach this one for all its pods, once that is listened at.
+    front: Option<(SocketAddr, Arc<Node>)>,
     enrolled: BTreeMap<Name, Enrolled>,
     status: Arc<Status>,
     adopted: bool,
@@ -59,11 +67,18 @@ pub struct Enroller {
 
 impl Enroller {
     /// Nothing enrolled yet; what earlier agents left pinned is adopted by the first [`Enroller::apply`].
-    pub fn new(config: Arc<AgentConfig>, capture: Arc<Capture>, threads: Vec<Thread>) -> Self {
+    pub fn new(
+        config: Arc<AgentConfig>,
+        capture: Arc<Capture>,
+        pods: Arc<Pods>,
+        threads: Vec<Thread>,
+    ) -> Self {
         Self {
             config,
             capture,
+            pods,
             threads,
+            front: None,
             enrolled: BTreeMap::new(),
             status: Arc::default(),
             adopted: false,
@@ -91,6 +106,7 @@ impl Enroller {
                 return;
             }
         };
+        self.serve_node(directory);
         let node = self.config.node.clone();
         let wanted: BTreeMap<Name, &Arc<Workload>> = directory
             .enrolled_on(&node)
@@ -114,6 +130,35 @@ impl Enroller {
             self.end_plaintext_with_new_members();
         }
         self.adopt();
+    }
+
+    /// Listens at the node's address for other agents, as long as the directory lists it.
+    fn serve_node(&mut self, directory: &Directory) {
+        let node = directory.node(&self.config.node);
+        let wanted = node.map(|node| SocketAddr::new(node.address, self.config.tunnel.port));
+        if wanted == self.front.as_ref().map(|(address, _)| *address) {
+            return;
+        }
+        if let Some((_, front)) = self.front.take() {
+            front.gone.cancel();
+        }
+        let Some(address) = wanted else { return };
+        let listeners: io::Result<Vec<_>> = self.threads.iter().map(|_| Listeners::at(address)).collect();
+        let id = SpiffeId::node(&self.config.trust_domain, &self.config.node);
+        match (listeners, id) {
+            (Ok(listeners), Ok(id)) => {
+                let front = Node::new(id);
+                for (thread, listener) in self.threads.iter().zip(listeners) {
+                    thread.serve_node(Arc::clone(&front), listener);
+                }
+                tracing::info!(%address, "listening for other nodes' agents");
+                self.front = Some((address, front));
+            }
+            (Err(error), _) => {
+                tracing::error!(%address, %error, "cannot listen for other nodes' agents; they reach the pods one by one; trying again every second");
+            }
+            (_, Err(error)) => tracing::error!(%error, "this node has no SPIFFE ID"),
+        }
     }
 
     /// Tells the kernel side who is in the mesh, if that may have changed; says whether members were
@@ -181,6 +226,7 @@ impl Enroller {
         for (thread, listeners) in self.threads.iter().zip(listeners) {
             thread.serve(Arc::clone(&pod), listeners);
         }
+        self.pods.insert(&pod);
         tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
         self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns });
         Ok(())
@@ -191,6 +237,7 @@ impl Enroller {
         if let Err(error) = self.capture.remove(gone.netns.cookie()) {
             tracing::warn!(workload = name, %error, "cannot remove everything of the pod from the kernel");
         }
+        self.pods.remove(&gone.pod);
         // Ends its listeners and streams, whose sockets would keep the namespace alive.
         gone.pod.gone.cancel();
         tracing::info!(workload = name, "removed");

@@ -8,7 +8,11 @@ pub mod forwarded;
 pub mod lease;
 pub mod server;
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,6 +24,12 @@ pub use lease::Lease;
 
 /// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
 pub const REASON_HEADER: &str = "hauberk-reason";
+/// The request header that says, in node scope, which workload opens the stream.
+pub const SOURCE_HEADER: &str = "hauberk-source";
+/// The header of request and response that proves a workload's identity in node scope.
+pub const PROOF_HEADER: &str = "hauberk-proof";
+/// The request header by which the response is asked to prove the destination.
+pub const WANT_HEADER: &str = "hauberk-want";
 
 /// Largest DATA payload, sent and accepted. With its 9-byte frame header it fills sixteen TLS records
 /// of 16 KiB exactly: one frame is one `write`, and wakes its reader once.
@@ -29,8 +39,8 @@ pub const FRAME_BYTES: u32 = 256 * 1024 - 9;
 /// stalled stream could starve its neighbours; each stream's own window bounds what it can hold.
 pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 
-/// Largest header block accepted, in bytes: a CONNECT with its few headers needs a tenth.
-pub const MAX_HEADER_BYTES: u32 = 8 * 1024;
+/// Largest header block accepted, in bytes: a CONNECT with the largest identity proof (12 KiB).
+pub const MAX_HEADER_BYTES: u32 = 16 * 1024;
 
 /// Most bytes that one stream may have waiting for the connection to send them. Less than a window, so
 /// that an application is read while its earlier bytes are on their way; a quarter of this cost a
@@ -47,25 +57,61 @@ pub struct Stream {
     pub send: SendStream<Bytes>,
     /// From the peer.
     pub recv: Recv,
-    /// Its place on the tunnel. `None` for a stream that nobody counts or cuts.
+    /// Its place on a pooled tunnel, which counts them; `None` on the accepting side.
+    pub place: Option<Arc<()>>,
+    /// Cut when one of the certificates that it rests on is revoked. `None` for a stream that nobody
+    /// cuts.
     pub lease: Option<Arc<Lease>>,
 }
 
 /// The receiving half. A client's comes only with the response, which it does not wait for.
 #[derive(Debug)]
 pub enum Recv {
-    /// The response is on its way.
-    Pending(h2::client::ResponseFuture),
+    /// The response is on its way; in node scope it tells whether the peer has our proof.
+    Pending(h2::client::ResponseFuture, Option<Arc<AtomicBool>>),
     /// Open.
     Open(RecvStream),
+}
+
+impl Recv {
+    /// Open once the peer has granted the stream.
+    ///
+    /// # Errors
+    /// With the peer's reason when it refused.
+    pub fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Result<&mut RecvStream, Reason>> {
+        if let Self::Pending(response, proof) = self {
+            let response = ready!(Pin::new(response).poll(cx)).map_err(|error| reason(&error))?;
+            let granted = response.status() == StatusCode::OK;
+            let refused = if granted { None } else { Some(refusal(&response)) };
+            if let Some(proof) = proof
+                && (granted || refused == Some(Reason::Unproven))
+            {
+                proof.store(granted, Ordering::Release);
+            }
+            if let Some(refused) = refused {
+                return Poll::Ready(Err(refused));
+            }
+            *self = Self::Open(response.into_body());
+        }
+        match self {
+            Self::Open(body) => Poll::Ready(Ok(body)),
+            Self::Pending(..) => Poll::Pending,
+        }
+    }
 }
 
 /// What a refused CONNECT is answered with (RFC 9110, section 15).
 pub fn status(reason: Reason) -> StatusCode {
     match reason {
         Reason::BadRequest => StatusCode::BAD_REQUEST,
-        Reason::NotLocal | Reason::AgentPort | Reason::Loop | Reason::WrongIdentity | Reason::Revoked => {
-            StatusCode::FORBIDDEN
+        Reason::NotLocal
+        | Reason::AgentPort
+        | Reason::Loop
+        | Reason::WrongIdentity
+        | Reason::Revoked
+        | Reason::NotPlaced => StatusCode::FORBIDDEN,
+        Reason::BadProof | Reason::Unproven | Reason::Expired | Reason::UnknownIssuer => {
+            StatusCode::UNAUTHORIZED
         }
         Reason::ConnectTimeout => StatusCode::GATEWAY_TIMEOUT,
         Reason::Refused | Reason::Unreachable => StatusCode::BAD_GATEWAY,

@@ -1,29 +1,30 @@
 //! The receiving agent's way: a peer's TLS connection, its streams, each authorized and delivered.
 
+mod front;
+mod stream;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::Bytes;
-use h2::RecvStream;
-use h2::server::SendResponse;
-use http::Request;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::hbone::server::{self, Asked};
-use crate::hbone::{self, LAST_WORDS, Lease, Recv, Stream};
+use crate::hbone::{self, LAST_WORDS, Lease, server};
 use crate::identity::SpiffeId;
 use crate::identity::svid::{Leaf, X509Svid};
-use crate::pod::Pod;
 use crate::pool::dial;
-use crate::relay::{self, Relayed};
+use crate::proof::connection::Proofs;
+use crate::proof::{Binding, Side};
 use crate::shard::Shard;
-use crate::telemetry::{Finished, Role};
+use crate::telemetry::Role;
 use crate::tls::handshake::{self, Established};
 use crate::tls::{self, Settled, stream::TlsStream};
-use crate::verdict::{Direction, Encryption, Reason};
+use crate::verdict::Reason;
+use front::Tunnel;
+pub use front::{Front, Node};
+use stream::Refused;
 
 /// An authenticated peer.
 #[derive(Clone, Debug)]
@@ -32,20 +33,22 @@ struct Peer {
     address: SocketAddr,
 }
 
-/// The two certificates that a tunnel rests on: when one is revoked, it is closed.
+/// A finished handshake: its two certificates (when one is revoked, the tunnel is closed), and what
+/// names the connection.
 #[derive(Debug)]
 struct Proof {
     peer: Leaf,
     own: Arc<X509Svid>,
+    exporter: [u8; 32],
 }
 
-/// Accepts tunnels to a pod until the pod is gone or the agent drains.
-pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
+/// Accepts tunnels at a front until it is gone or the agent drains.
+pub async fn serve(shard: Shard, front: Front, listener: TcpListener) {
     let Ok(local) = listener.local_addr() else { return };
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = pod.gone.cancelled() => return,
+            () = front.gone().cancelled() => return,
             () = shard.draining() => return,
         };
         match accepted {
@@ -54,11 +57,11 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
                 // While there is none, this listener accepts nothing more: what is over the limit waits
                 // in the kernel and costs us nothing. An idle listener holds none.
                 let Ok(permit) = Arc::clone(&shard.handshakes).acquire_owned().await else { return };
-                let (shard, pod) = (shard.clone(), Arc::clone(&pod));
+                let (shard, front) = (shard.clone(), front.clone());
                 shard.clone().spawn(async move {
-                    let Some((io, proof)) = handshake(&shard, &pod, tcp, address).await else { return };
+                    let Some((io, proof)) = handshake(&shard, &front, tcp, address).await else { return };
                     drop(permit);
-                    tunnel(shard, pod, io, proof, address).await;
+                    tunnel(shard, front, io, proof, address).await;
                 });
             }
             Err(error) => shard.accept_failed(local, &error).await,
@@ -69,12 +72,12 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
 /// Mutual TLS with a deadline. A peer that cannot prove itself is logged, counted and gone.
 async fn handshake(
     shard: &Shard,
-    pod: &Pod,
+    front: &Front,
     tcp: TcpStream,
     address: SocketAddr,
 ) -> Option<(TlsStream, Proof)> {
     let began = Instant::now();
-    let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, pod, tcp)).await;
+    let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, front, tcp)).await;
     let (reason, detail) = match outcome {
         Ok(Ok((stream, proof, resumed))) => {
             shard.observe.handshake(Role::Server, began.elapsed(), resumed);
@@ -84,27 +87,28 @@ async fn handshake(
         Err(_) => (Reason::HandshakeTimeout, "the peer did not finish the TLS handshake in time".into()),
     };
     shard.observe.handshake_failed(Role::Server, began.elapsed(), reason);
-    refused(shard, pod, address, None, None, reason, &detail);
+    Refused { at: front.id(), source: address, source_id: None, reason, detail: &detail }.tell(shard);
     None
 }
 
 async fn prove(
     shard: &Shard,
-    pod: &Pod,
+    front: &Front,
     tcp: TcpStream,
 ) -> Result<(TlsStream, Proof, bool), (Reason, String)> {
     let internal = |error: io::Error| (Reason::Internal, error.to_string());
     dial::tune(&tcp).map_err(internal)?;
     let listener = || {
-        pod.listener(&shard.trust, &shard.tls)
-            .map_err(|reason| (reason, format!("{} has no SVID that it may present", pod.workload.id)))
+        front
+            .listener(shard)
+            .map_err(|reason| (reason, format!("{} has no SVID that it may present", front.id())))
     };
     let (before, _) = listener()?;
     let (config, judged) = before.accept();
     let refused = |error: io::Error| (tls::reason(&error), tls::explain(&error));
     let Established { stream, session } = handshake::accept(config, tcp).await.map_err(refused)?;
-    if session.alpn.as_deref() != Some(tls::ALPN_H2) {
-        return Err((Reason::Http2, "the peer did not agree on ALPN h2".into()));
+    if session.alpn.as_deref() != Some(front.alpn()) {
+        return Err((Reason::NoProtocol, "the peer did not agree on the application protocol".into()));
     }
     // The very certificates that were judged in this handshake.
     let chain = session.peer_chain();
@@ -115,41 +119,39 @@ async fn prove(
     if !Arc::ptr_eq(&before, &after) {
         after.judge(chain).map_err(refused)?;
     }
-    let Settled { leaf, resumed, .. } = settled;
-    Ok((stream, Proof { peer: leaf, own }, resumed))
+    let Settled { leaf, resumed } = settled;
+    Ok((stream, Proof { peer: leaf, own, exporter: session.exporter }, resumed))
 }
 
 /// Serves one tunnel's streams until it ends, or until a certificate of it is revoked; asks the peer to
 /// leave when the agent drains.
-async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, proof: Proof, address: SocketAddr) {
+async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address: SocketAddr) {
     let peer = Peer { id: proof.peer.id.clone(), address };
     let start = server::start(io, shard.tunnel.stream_window, shard.tunnel.max_streams);
     let mut connection = match timeout(shard.tunnel.handshake_timeout, start).await {
         Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return broken(&shard, &pod, &peer, &error),
-        Err(_) => {
-            return refused(
-                &shard,
-                &pod,
-                peer.address,
-                Some(&peer.id),
-                None,
-                Reason::Http2,
-                "no HTTP/2 preface in time",
-            );
-        }
+        Ok(Err(error)) => return broken(&shard, &front, &peer, &error),
+        Err(_) => return broke(&shard, &front, &peer, "no HTTP/2 preface in time"),
     };
-    let lease = Arc::new(Lease::default());
+    let tunnel = rests_on(&front, &proof);
     let leaves = [&proof.peer, proof.own.leaf()];
     let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
+    let mut changes = shard.trust.subscribe();
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
             revoked = &mut revoked => {
                 shard.observe.cut(Role::Server, &revoked);
-                lease.cut();
+                tunnel.cut();
                 let _ = timeout(LAST_WORDS, connection.abort(hbone::code(Reason::Revoked))).await;
                 return;
+            }
+            changed = changes.changed(), if matches!(tunnel, Tunnel::Node(_)) => {
+                if changed.is_err() {
+                    return;
+                }
+                cut_revoked(&shard, &tunnel);
+                continue;
             }
             accepted = connection.accept() => accepted,
             () = shard.draining(), if !draining => {
@@ -157,143 +159,55 @@ async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream, proof: Proof, addres
                 draining = true;
                 continue;
             }
-            () = pod.gone.cancelled() => return,
+            () = front.gone().cancelled() => return,
         };
         match accepted {
             Some(Ok((request, respond))) => {
-                let (shard, pod, peer) = (shard.clone(), Arc::clone(&pod), peer.clone());
-                let lease = Arc::clone(&lease);
-                shard.clone().spawn(async move { stream(shard, pod, peer, lease, request, respond).await });
+                if matches!(&tunnel, Tunnel::Node(proofs) if proofs.is_hopeless()) {
+                    broke(&shard, &front, &peer, "too many identity proofs that prove nothing");
+                    let _ = timeout(LAST_WORDS, connection.abort(h2::Reason::ENHANCE_YOUR_CALM)).await;
+                    return;
+                }
+                let (shard, front, peer) = (shard.clone(), front.clone(), peer.clone());
+                let tunnel = tunnel.clone();
+                shard.clone().spawn(async move {
+                    stream::serve(&shard, &front, &tunnel, &peer, request, respond).await;
+                });
             }
-            Some(Err(error)) => return broken(&shard, &pod, &peer, &error),
+            Some(Err(error)) => return broken(&shard, &front, &peer, &error),
             None => return,
         }
     }
 }
 
-/// One stream, from its CONNECT to its log line.
-async fn stream(
-    shard: Shard,
-    pod: Arc<Pod>,
-    peer: Peer,
-    lease: Arc<Lease>,
-    request: Request<RecvStream>,
-    mut respond: SendResponse<Bytes>,
-) {
-    let began = Instant::now();
-    let asked = match authorize(&pod, &request) {
-        Ok(asked) => asked,
-        Err(reason) => {
-            let authority = request.uri().authority().map(|a| a.as_str()).unwrap_or("no authority");
-            let detail = format!("{} {authority}", request.method());
-            server::refuse(respond, request.into_body(), reason);
-            return refused(&shard, &pod, peer.address, Some(&peer.id), None, reason, &detail);
+fn rests_on(front: &Front, proof: &Proof) -> Tunnel {
+    let peer = proof.peer.id.clone();
+    match front {
+        Front::Pod(_) => Tunnel::Workload { peer, lease: Arc::new(Lease::default()) },
+        Front::Node(_) => {
+            let binding = Binding { exporter: proof.exporter, client: peer, server: front.id().clone() };
+            Tunnel::Node(Proofs::new(binding, Side::Server))
         }
-    };
-    let client = client(&shard, &peer, asked);
-    shard.observe.opened(Direction::Inbound);
-    let connecting = async {
-        tokio::select! {
-            delivered = pod.deliver.connect(asked.authority, client) => delivered,
-            // The opener gave up: nobody waits for the application any more.
-            _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => Err(io::ErrorKind::ConnectionAborted.into()),
-        }
-    };
-    let outcome: io::Result<_> = connecting.await;
-    let (relayed, detail) = match outcome {
-        Err(error) => {
-            let reason = match error.kind() {
-                io::ErrorKind::ConnectionAborted => Reason::PeerReset,
-                _ => dial::connect_reason(&error),
-            };
-            server::refuse(respond, request.into_body(), reason);
-            (Relayed { from_app: 0, to_app: 0, reason }, format!("the application: {error}"))
-        }
-        Ok(mut delivered) => {
-            let relayed = match server::accept(respond) {
-                Ok(send) => {
-                    let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: Some(lease) };
-                    relay::relay(&mut delivered.app, stream, shard.stop(&pod.gone)).await
-                }
-                Err(error) => {
-                    relay::reset(&delivered.app);
-                    Relayed { from_app: 0, to_app: 0, reason: hbone::reason(&error) }
-                }
-            };
-            (relayed, String::new())
-        }
-    };
-    let record = Finished {
-        direction: Direction::Inbound,
-        encryption: Encryption::Mtls,
-        reason: relayed.reason,
-        detail: &detail,
-        source_id: Some(&peer.id),
-        source: Some(client),
-        destination_id: Some(&pod.workload.id),
-        destination: Some(asked.authority),
-        sent_bytes: relayed.to_app,
-        received_bytes: relayed.from_app,
-        duration: began.elapsed(),
-    };
-    shard.observe.finished(&record, true);
+    }
 }
 
-/// May this be asked of this pod? The tunnel's server identity is the pod's, so only the pod's own
-/// addresses may be named, and none of the agent's ports there.
-fn authorize(pod: &Pod, request: &Request<RecvStream>) -> Result<Asked, Reason> {
-    let asked = server::parse(request)?;
-    if !pod.has(asked.authority.ip()) {
-        return Err(Reason::NotLocal);
+fn cut_revoked(shard: &Shard, tunnel: &Tunnel) {
+    let Tunnel::Node(proofs) = tunnel else { return };
+    if let Some(revoked) = proofs.cut_revoked(&shard.trust.snapshot()) {
+        shard.observe.cut(Role::Server, &revoked);
     }
-    if pod.own_ports.contains(&asked.authority.port()) {
-        return Err(Reason::AgentPort);
-    }
-    Ok(asked)
-}
-
-/// The address the application shall see: the one the peer names, if the directory places the
-/// authenticated identity there; otherwise the one the tunnel comes from.
-fn client(shard: &Shard, peer: &Peer, asked: Asked) -> SocketAddr {
-    let directory = shard.directory.load();
-    let believed = asked.source.filter(|source| {
-        let placed = directory.workload_at(source.ip()).is_some_and(|workload| workload.id == peer.id);
-        // An address of another family is none that the application's socket could report.
-        placed && source.is_ipv4() == asked.authority.is_ipv4()
-    });
-    believed.unwrap_or(peer.address)
 }
 
 /// Logs and counts the end of a tunnel that a peer broke the rules on.
-fn broken(shard: &Shard, pod: &Pod, peer: &Peer, error: &h2::Error) {
+fn broken(shard: &Shard, front: &Front, peer: &Peer, error: &h2::Error) {
     // A peer that just closes its connection has broken no rule.
     if error.is_io() || error.is_remote() {
         return;
     }
-    refused(shard, pod, peer.address, Some(&peer.id), None, Reason::Http2, &error.to_string());
+    broke(shard, front, peer, &error.to_string());
 }
 
-fn refused(
-    shard: &Shard,
-    pod: &Pod,
-    source: SocketAddr,
-    source_id: Option<&SpiffeId>,
-    destination: Option<SocketAddr>,
-    reason: Reason,
-    detail: &str,
-) {
-    let record = Finished {
-        direction: Direction::Inbound,
-        encryption: if source_id.is_some() { Encryption::Mtls } else { Encryption::None },
-        reason,
-        detail,
-        source_id,
-        source: Some(source),
-        destination_id: Some(&pod.workload.id),
-        destination,
-        sent_bytes: 0,
-        received_bytes: 0,
-        duration: Duration::ZERO,
-    };
-    shard.observe.finished(&record, false);
+fn broke(shard: &Shard, front: &Front, peer: &Peer, detail: &str) {
+    let (at, source, source_id) = (front.id(), peer.address, Some(&peer.id));
+    Refused { at, source, source_id, reason: Reason::Http2, detail }.tell(shard);
 }

@@ -6,6 +6,7 @@
 //! - [`directory`] says who must be at its destination;
 //! - [`outbound`] is the sending agent's whole way: resolve, then a stream from the [`pool`];
 //! - [`pool`] holds connections by (source identity, destination identity, address);
+//! - [`proof`] proves many workloads on one connection between two nodes;
 //! - [`tls`] turns SVIDs and trust bundle into rustls configurations, [`hbone`] speaks CONNECT;
 //! - [`inbound`] is the receiving agent's whole way: accept, authorize, then
 //! - [`deliver`] connects to the application, and [`relay`] moves the bytes, on both sides;
@@ -38,6 +39,7 @@ pub mod netns;
 pub mod outbound;
 pub mod pod;
 pub mod pool;
+pub mod proof;
 pub mod relay;
 pub mod shard;
 pub mod tls;

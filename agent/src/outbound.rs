@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::directory::Destination;
 use crate::hbone::client::Ask;
 use crate::pod::Pod;
-use crate::pool::{Failure, Key};
+use crate::pool::{Failure, Key, Route};
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
 use crate::telemetry::Finished;
@@ -95,15 +96,11 @@ async fn carry(
         detail: format!("{original}: {error}").into(),
     })?;
     way.destination = Some(destination.address);
-    let key = Key {
-        source: pod.workload.id.clone(),
-        destination: destination.workload.id.clone(),
-        address: SocketAddr::new(destination.address.ip(), shard.tunnel.port),
-    };
-    let key = way.key.insert(key);
+    let route = route(shard, pod, &destination);
+    way.key = Some(route.workload.clone());
     let ask = Ask { authority: destination.address, source };
     let stream = tokio::select! {
-        opened = shard.pool.open(key, ask) => opened?,
+        opened = shard.pool.open(&route, ask, Instant::now()) => opened?,
         error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
     };
     way.encryption = Encryption::Mtls;
@@ -116,4 +113,21 @@ async fn given_up(app: &TcpStream) -> io::Error {
         Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
         Err(error) => error,
     }
+}
+
+/// The ways to a destination: by its node, if the directory lists an agent of ours there.
+fn route(shard: &Shard, pod: &Pod, destination: &Destination) -> Route {
+    let port = shard.tunnel.port;
+    let workload = Key {
+        source: pod.workload.id.clone(),
+        destination: destination.workload.id.clone(),
+        address: SocketAddr::new(destination.address.ip(), port),
+    };
+    let directory = shard.directory.load();
+    let node = directory.node(&destination.workload.node).map(|node| Key {
+        source: shard.node.clone(),
+        destination: node.id.clone(),
+        address: SocketAddr::new(node.address, port),
+    });
+    Route { workload, node }
 }

@@ -1,8 +1,10 @@
 //! An enrolled pod: one local workload with what the data path needs to serve it.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use crate::deliver::Deliver;
@@ -108,4 +110,33 @@ impl Pod {
 fn place(workload: &Workload) -> Vec<String> {
     let named = ["workload", &workload.namespace, &workload.name].map(str::to_owned);
     named.into_iter().chain(workload.addresses.iter().map(IpAddr::to_string)).collect()
+}
+
+/// The enrolled pods of this node, by address. Reading is one atomic load.
+#[derive(Debug, Default)]
+pub struct Pods(ArcSwap<HashMap<IpAddr, Arc<Pod>>>);
+
+impl Pods {
+    /// The pod that has an address.
+    pub fn at(&self, ip: IpAddr) -> Option<Arc<Pod>> {
+        self.0.load().get(&ip).map(Arc::clone)
+    }
+
+    /// Adds a pod that is served from now on.
+    pub fn insert(&self, pod: &Arc<Pod>) {
+        self.change(|pods| pods.extend(pod.workload.addresses.iter().map(|ip| (*ip, Arc::clone(pod)))));
+    }
+
+    /// Removes a pod; another that has its address by now stays.
+    pub fn remove(&self, pod: &Arc<Pod>) {
+        self.change(|pods| pods.retain(|_, other| !Arc::ptr_eq(pod, other)));
+    }
+
+    fn change(&self, edit: impl Fn(&mut HashMap<IpAddr, Arc<Pod>>)) {
+        self.0.rcu(|pods| {
+            let mut next = HashMap::clone(pods);
+            edit(&mut next);
+            next
+        });
+    }
 }

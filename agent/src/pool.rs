@@ -3,11 +3,13 @@
 //! Two streams share a connection exactly when sharing shows either side the same two SPIFFE IDs,
 //! verified against the same trust: the key carries every input of the verification decision, and
 //! the slot drops what was verified against an older state. A dropped connection ends by itself
-//! when its last stream does, so a rotation closes nothing that is in use.
+//! when its last stream does, so a rotation closes nothing that is in use. In node scope the two SPIFFE
+//! IDs are the nodes', and each stream's workloads are proven on the connection ([`crate::proof`]).
 //!
 //! One pool belongs to one thread; its lock is never contended and never held across an await.
 
 pub mod dial;
+mod node;
 mod slot;
 
 use std::collections::HashMap;
@@ -37,6 +39,15 @@ pub struct Key {
     pub address: SocketAddr,
 }
 
+/// The ways to a destination.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Who speaks to whom, and where the destination's own tunnel is (workload scope).
+    pub workload: Key,
+    /// The two nodes, where the peer's is known to have an agent of ours (node scope).
+    pub node: Option<Key>,
+}
+
 /// Why there is no stream: the label, and what an operator needs to know.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{detail}")]
@@ -51,12 +62,17 @@ pub struct Failure {
 /// a peer that allows no stream at all must not be dialled for ever.
 const MAX_TURNS: usize = 64;
 
+/// After finding no node scope at a node's address, workloads are dialled themselves for this long.
+const FORGO: Duration = Duration::from_secs(30);
+
 type Slots = HashMap<Key, Slot>;
 
 /// One thread's connections.
 #[derive(Clone, Debug)]
 pub struct Pool {
     slots: Arc<Mutex<Slots>>,
+    /// Nodes without node scope, and when to look again.
+    forgone: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
     dialer: Dialer,
     max_streams: usize,
 }
@@ -64,18 +80,54 @@ pub struct Pool {
 impl Pool {
     /// An empty pool that dials with `dialer`.
     pub fn new(dialer: Dialer, max_streams: u32) -> Self {
-        Self { slots: Arc::default(), dialer, max_streams: max_streams as usize }
+        Self { slots: Arc::default(), forgone: Arc::default(), dialer, max_streams: max_streams as usize }
     }
 
-    /// A stream to `key`'s peer: from a connection that is there, or from a new one.
+    /// A stream to a destination: between the nodes if that is possible, else between the workloads.
     ///
     /// # Errors
-    /// When no connection can be had. Nothing of the stream was sent then.
-    pub async fn open(&self, key: &Key, ask: Ask) -> Result<Stream, Failure> {
+    /// When no connection can be had, or the destination does not prove itself. Nothing of the
+    /// application was sent then.
+    pub async fn open(&self, route: &Route, ask: Ask, now: Instant) -> Result<Stream, Failure> {
+        if let Some(node) = route.node.as_ref().filter(|node| !self.is_forgone(node.address, now)) {
+            match self.stream(node, &route.workload, ask).await {
+                Err(failure) if failure.reason == Reason::NoNodeScope => self.forgo(node, now, &failure),
+                outcome => return outcome,
+            }
+        }
+        self.stream(&route.workload, &route.workload, ask).await
+    }
+
+    fn is_forgone(&self, node: SocketAddr, now: Instant) -> bool {
+        let mut forgone = lock(&self.forgone);
+        let is = forgone.get(&node).is_some_and(|until| now < *until);
+        if !is && !forgone.is_empty() {
+            forgone.remove(&node);
+        }
+        is
+    }
+
+    fn forgo(&self, node: &Key, now: Instant, why: &Failure) {
+        tracing::info!(node = %node.destination, address = %node.address, %why, "no node scope there; dialling its workloads for a while");
+        lock(&self.forgone).insert(node.address, now + FORGO);
+    }
+
+    /// A stream for `parties` on a connection of `key`'s: one that is there, or a new one.
+    async fn stream(&self, key: &Key, parties: &Key, ask: Ask) -> Result<Stream, Failure> {
         for _ in 0..MAX_TURNS {
-            let dialled = match self.next(key, ask).await {
-                Next::Open(stream) => return Ok(stream),
+            let dialled = match self.next(key).await {
                 Next::Wait(dialled) => dialled,
+                Next::Place(place, None) => match place.open(ask, None) {
+                    Ok(stream) => return Ok(stream),
+                    // It closed this instant; dialling is the answer then.
+                    Err(_) => continue,
+                },
+                Next::Place(place, Some(proofs)) => {
+                    match node::stream(&self.dialer, place, &proofs, parties, ask).await? {
+                        Some(stream) => return Ok(stream),
+                        None => continue,
+                    }
+                }
             };
             match dialled.await {
                 Ok(Ok(())) => {}
@@ -90,14 +142,14 @@ impl Pool {
         Err(Failure { reason: Reason::Overload, detail: detail.into() })
     }
 
-    /// Takes a stream, or a place among those who wait for a dial (and starts one if none runs).
-    async fn next(&self, key: &Key, ask: Ask) -> Next {
+    /// Takes a place for a stream, or one among those who wait for a dial (and starts one if none runs).
+    async fn next(&self, key: &Key) -> Next {
         let epoch = self.dialer.epoch(&key.source);
         let (next, dial) = poll_fn(|cx| {
             let mut slots = self.lock();
             let slot = slots.entry(key.clone()).or_default();
             slot.discard(epoch, cx);
-            Poll::Ready(slot.next(ask, self.max_streams))
+            Poll::Ready(slot.next(self.max_streams))
         })
         .await;
         if dial {
@@ -133,9 +185,13 @@ impl Pool {
     }
 
     fn lock(&self) -> MutexGuard<'_, Slots> {
-        // Every change under the lock leaves the slots consistent, also one cut short by a panic.
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
+}
+
+/// Every change under a lock leaves its table consistent, also one cut short by a panic.
+fn lock<T>(table: &Mutex<T>) -> MutexGuard<'_, T> {
+    table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 type Waiter = oneshot::Sender<Result<(), Failure>>;

@@ -41,6 +41,7 @@ pub struct Relayed {
 pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
     let mut up = Up::new(stream.send);
     let mut down = Down::new(stream.recv);
+    let _place = stream.place;
     let mut cut = stream.lease.map(Cut::of);
     let mut stop = pin!(stop);
     let (mut read, write) = app.split();

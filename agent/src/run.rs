@@ -73,9 +73,10 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     capture.beat();
 
     let metrics = Arc::new(Metrics::new()?);
-    let shared = shared(&config, &trust, &directory, &capture, &metrics);
+    let shared = shared(&config, &node, &trust, &directory, &capture, &metrics);
     let threads = start_threads(&config, &shared)?;
-    let enroller = Enroller::new(Arc::clone(&config), Arc::clone(&capture), threads);
+    let enroller =
+        Enroller::new(Arc::clone(&config), Arc::clone(&capture), Arc::clone(&shared.pods), threads);
     let issuer: Arc<dyn Issuer> = Arc::new(AuthorityIssuer::new(
         config.authority.address.clone(),
         config.authority.join_token.clone(),
@@ -144,6 +145,7 @@ fn bundle(config: &AgentConfig) -> Result<TrustBundle> {
 
 fn shared(
     config: &AgentConfig,
+    node: &SpiffeId,
     trust: &Arc<Trust>,
     directory: &Arc<Live>,
     capture: &Arc<Capture>,
@@ -154,7 +156,9 @@ fn shared(
         config.tunnel.resumption.then(|| keep::tickets::take_up(&config.runtime_dir, SystemTime::now()));
     Shared {
         trust: Arc::clone(trust),
+        node: node.clone(),
         directory: Arc::clone(directory),
+        pods: Arc::default(),
         capture: Arc::clone(capture),
         tls: Memory::new(keys, observe.clone()),
         observe,

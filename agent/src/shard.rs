@@ -20,7 +20,9 @@ use tokio_util::task::TaskTracker;
 use crate::capture::{Capture, Listeners};
 use crate::config::TunnelConfig;
 use crate::directory;
-use crate::pod::Pod;
+use crate::identity::SpiffeId;
+use crate::inbound::{Front, Node};
+use crate::pod::{Pod, Pods};
 use crate::pool::Pool;
 use crate::pool::dial::Dialer;
 use crate::telemetry::Observe;
@@ -34,8 +36,12 @@ use crate::{inbound, outbound};
 pub struct Shared {
     /// SVIDs and bundle.
     pub trust: Arc<Trust>,
+    /// This node's agent.
+    pub node: SpiffeId,
     /// Who is where.
     pub directory: Arc<directory::Live>,
+    /// This node's enrolled pods.
+    pub pods: Arc<Pods>,
     /// The kernel side.
     pub capture: Arc<Capture>,
     /// What TLS remembers.
@@ -110,6 +116,8 @@ impl Shard {
 pub enum Command {
     /// Serve a pod on these listeners.
     Serve(Arc<Pod>, Listeners),
+    /// Serve the node's front on this listener.
+    ServeNode(Arc<Node>, std::net::TcpListener),
 }
 
 /// A running thread of the data path.
@@ -139,6 +147,11 @@ impl Thread {
         let _ = self.commands.send(Command::Serve(pod, listeners));
     }
 
+    /// Gives the thread its share of the node's front.
+    pub fn serve_node(&self, front: Arc<Node>, listener: std::net::TcpListener) {
+        let _ = self.commands.send(Command::ServeNode(front, listener));
+    }
+
     /// Waits for the thread's end, which comes when the agent aborts or has drained.
     pub fn join(self) {
         drop(self.commands);
@@ -158,6 +171,7 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
         tokio::select! {
             order = orders.recv() => match order {
                 Some(Command::Serve(pod, listeners)) => serve(&shard, pod, listeners),
+                Some(Command::ServeNode(node, listener)) => accept(&shard, Front::Node(node), listener),
                 None => break,
             },
             _ = sweep.tick() => shard.pool.sweep(Instant::now(), idle),
@@ -177,11 +191,13 @@ fn serve(shard: &Shard, pod: Arc<Pod>, listeners: Listeners) {
         }
     }
     for listener in listeners.tunnel {
-        match tokio::net::TcpListener::from_std(listener) {
-            Ok(listener) => drop(tokio::spawn(inbound::serve(shard.clone(), Arc::clone(&pod), listener))),
-            Err(error) => {
-                tracing::error!(%error, workload = %pod.workload.id, "cannot serve a tunnel listener")
-            }
-        }
+        accept(shard, Front::Pod(Arc::clone(&pod)), listener);
+    }
+}
+
+fn accept(shard: &Shard, front: Front, listener: std::net::TcpListener) {
+    match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => drop(tokio::spawn(inbound::serve(shard.clone(), front, listener))),
+        Err(error) => tracing::error!(%error, at = %front.id(), "cannot serve a tunnel listener"),
     }
 }

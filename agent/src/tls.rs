@@ -39,6 +39,9 @@ pub struct Settled {
     pub resumed: bool,
 }
 
+/// The same between two agents of ours, whose connection carries many workloads (see `proof`).
+pub const ALPN_NODE: &[u8] = b"hauberk/1";
+
 /// Why a handshake failed, from the error rustls or the socket gave.
 pub fn reason(error: &std::io::Error) -> Reason {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
@@ -52,6 +55,7 @@ pub fn reason(error: &std::io::Error) -> Reason {
 pub fn rustls_reason(error: &Error) -> Reason {
     match error {
         Error::NoCertificatesPresented => Reason::NoClientCertificate,
+        Error::NoApplicationProtocol => Reason::NoProtocol,
         Error::InvalidCertificate(error) => certificate_reason(error),
         Error::PeerIncompatible(
             PeerIncompatible::Tls12NotOffered
@@ -75,6 +79,7 @@ pub fn rustls_reason(error: &Error) -> Reason {
             AlertDescription::UnknownCA => Reason::UnknownIssuer,
             AlertDescription::ProtocolVersion => Reason::TlsVersion,
             AlertDescription::AccessDenied => Reason::WrongIdentity,
+            AlertDescription::NoApplicationProtocol => Reason::NoProtocol,
             AlertDescription::BadCertificate
             | AlertDescription::UnsupportedCertificate
             | AlertDescription::CertificateUnknown => Reason::BadCertificate,

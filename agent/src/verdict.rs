@@ -88,6 +88,8 @@ labels! {
         BadCertificate = "bad_certificate",
         /// The peer does not speak TLS 1.3.
         TlsVersion = "tls_version",
+        /// The two sides share no application protocol (ALPN).
+        NoProtocol = "no_protocol",
         /// Bytes that are no TLS came to the tunnel's port.
         Plaintext = "plaintext",
         /// Any other failure of a TLS handshake.
@@ -98,6 +100,14 @@ labels! {
         BadRequest = "bad_request",
         /// CONNECT to an address that is not the local workload's.
         NotLocal = "not_local",
+        /// An identity proof that proves nothing.
+        BadProof = "bad_proof",
+        /// A stream in node scope whose identity was not proven.
+        Unproven = "unproven",
+        /// What answers at the peer's node does not speak node scope.
+        NoNodeScope = "no_node_scope",
+        /// The directory has the peer's identity on another node.
+        NotPlaced = "not_placed",
         /// CONNECT to one of the agent's own ports.
         AgentPort = "agent_port",
         /// A connection that would lead back into this agent.
@@ -164,10 +174,14 @@ impl Reason {
             | Self::WrongIdentity
             | Self::BadCertificate
             | Self::TlsVersion
+            | Self::NoProtocol
             | Self::Plaintext
             | Self::Http2
             | Self::BadRequest
             | Self::NotLocal
+            | Self::BadProof
+            | Self::Unproven
+            | Self::NotPlaced
             | Self::AgentPort
             | Self::Loop => Verdict::Denied,
             _ => Verdict::Failed,

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hauberk::config::TunnelConfig;
 use hauberk::hbone::client::Ask;
@@ -13,7 +13,7 @@ use hauberk::identity::bundle::TrustBundle;
 use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Key, Pool};
+use hauberk::pool::{Key, Pool, Route};
 use hauberk::relay;
 use hauberk::telemetry::{Metrics, Observe};
 use hauberk::tls;
@@ -83,8 +83,8 @@ async fn serve(request: http::Request<h2::RecvStream>, respond: h2::server::Send
     let asked = server::parse(&request).unwrap();
     match TcpStream::connect(asked.authority).await {
         Ok(mut app) => {
-            let send = server::accept(respond).unwrap();
-            let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
+            let send = server::accept(respond, None).unwrap();
+            let stream = Stream { send, recv: Recv::Open(request.into_body()), place: None, lease: None };
             relay::relay(&mut app, stream, std::future::pending()).await;
         }
         Err(_) => server::refuse(respond, request.into_body(), Reason::Refused),
@@ -111,7 +111,8 @@ async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near
         while let Ok((mut tcp, source)) = listener.accept().await {
             let (pool, key) = (pool.clone(), key.clone());
             tokio::spawn(async move {
-                match pool.open(&key, Ask { authority: app, source }).await {
+                let route = Route { workload: key, node: None };
+                match pool.open(&route, Ask { authority: app, source }, Instant::now()).await {
                     Ok(stream) => drop(relay::relay(&mut tcp, stream, std::future::pending()).await),
                     Err(_) => relay::reset(&tcp),
                 }

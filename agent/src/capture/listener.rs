@@ -21,6 +21,14 @@ pub struct Listeners {
 }
 
 impl Listeners {
+    /// Opens one outside any pod, in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn at(address: SocketAddr) -> io::Result<TcpListener> {
+        listen(address.ip(), address.port())
+    }
+
     /// Opens them. Several sets for one pod share the connections (`SO_REUSEPORT`).
     ///
     /// # Errors

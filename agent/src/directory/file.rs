@@ -145,12 +145,12 @@ fn nodes(
     let mut nodes = Vec::new();
     for (index, entry) in entries.into_iter().enumerate() {
         let at = |field: &str| format!("nodes[{index}] ({}).{field}", entry.name);
-        SpiffeId::node(domain, &entry.name).map_err(|e| (at("name"), e.to_string()))?;
+        let id = SpiffeId::node(domain, &entry.name).map_err(|e| (at("name"), e.to_string()))?;
         let address = addresses(&[entry.address], taken).map_err(|e| (at("address"), e))?[0];
         if !names.insert(entry.name.clone()) {
             return Err((at("name"), "another node has this name".into()));
         }
-        nodes.push(Arc::new(Node { name: entry.name, address, zone: entry.zone }));
+        nodes.push(Arc::new(Node { name: entry.name, id, address, zone: entry.zone }));
     }
     Ok(nodes)
 }

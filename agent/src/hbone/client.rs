@@ -4,15 +4,18 @@ use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
-use http::{HeaderMap, Method, Request, Uri};
+use http::{HeaderMap, HeaderValue, Method, Request, Uri};
 
 use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, Lease, MAX_HEADER_BYTES, Recv, SEND_BUFFER_BYTES, Stream, forwarded,
+    CONNECTION_WINDOW, FRAME_BYTES, Lease, MAX_HEADER_BYTES, PROOF_HEADER, Recv, SEND_BUFFER_BYTES,
+    SOURCE_HEADER, Stream, WANT_HEADER, forwarded,
 };
+use crate::identity::SpiffeId;
 use crate::tls::stream::{Flush, TlsStream};
 
 /// Stands for "the peer's SETTINGS have not come": no peer announces this number of streams.
@@ -27,11 +30,33 @@ pub struct Ask {
     pub source: SocketAddr,
 }
 
+/// Whose stream it is, in node scope.
+#[derive(Clone, Copy, Debug)]
+pub struct Identified<'a> {
+    /// The workload that opens it.
+    pub source: &'a SpiffeId,
+    /// Its proof, if the peer does not have it yet, and where to note that it has.
+    pub proof: Option<&'a str>,
+    /// Set when the peer grants the stream, unset when it says that it has no proof.
+    pub acknowledged: &'a Arc<AtomicBool>,
+    /// Whether the peer is to prove the destination.
+    pub want: bool,
+}
+
 /// A live HTTP/2 connection. When it is dropped and its last stream is gone, the connection closes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     /// Cloned into every stream: its count is the number of streams in use.
+    place: Arc<()>,
+    lease: Arc<Lease>,
+}
+
+/// A place for one stream on a tunnel, taken.
+#[derive(Debug)]
+pub struct Place {
+    send: SendRequest<Bytes>,
+    place: Arc<()>,
     lease: Arc<Lease>,
 }
 
@@ -69,17 +94,17 @@ impl Tunnel {
             }
         })
         .await?;
-        Ok((Self { send, lease: Arc::default() }, driver))
+        Ok((Self { send, place: Arc::new(()), lease: Arc::default() }, driver))
     }
 
-    /// What all its streams share.
+    /// What all its streams share, outside node scope.
     pub fn lease(&self) -> &Arc<Lease> {
         &self.lease
     }
 
     /// Streams in use.
     pub fn streams(&self) -> usize {
-        Arc::strong_count(&self.lease) - 1
+        Arc::strong_count(&self.place) - 1
     }
 
     /// Streams the peer allows at once.
@@ -92,14 +117,27 @@ impl Tunnel {
         !self.lease.is_cut() && !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
     }
 
+    /// Takes a place for a stream.
+    pub fn place(&self) -> Place {
+        Place { send: self.send.clone(), place: Arc::clone(&self.place), lease: Arc::clone(&self.lease) }
+    }
+}
+
+impl Place {
     /// Opens a stream. Does not wait for the answer: the application's first bytes travel with the
     /// request, and a refusal arrives as an error of the receiving half.
     ///
     /// # Errors
     /// When the connection is closing or broken; nothing was sent then.
-    pub fn open(&mut self, ask: Ask) -> Result<Stream, h2::Error> {
-        let (response, send) = self.send.send_request(request(ask)?, false)?;
-        Ok(Stream { send, recv: Recv::Pending(response), lease: Some(Arc::clone(&self.lease)) })
+    pub fn open(mut self, ask: Ask, who: Option<Identified<'_>>) -> Result<Stream, h2::Error> {
+        let (response, send) = self.send.send_request(request(ask, who)?, false)?;
+        let acknowledged = who.map(|who| Arc::clone(who.acknowledged));
+        Ok(Stream {
+            send,
+            recv: Recv::Pending(response, acknowledged),
+            place: Some(self.place),
+            lease: Some(self.lease),
+        })
     }
 }
 
@@ -122,10 +160,13 @@ impl Future for Driver {
     }
 }
 
-fn request(ask: Ask) -> Result<Request<()>, h2::Error> {
+fn request(ask: Ask, who: Option<Identified<'_>>) -> Result<Request<()>, h2::Error> {
     let mut headers = HeaderMap::new();
     if let Some(value) = forwarded::format(ask.source) {
         headers.insert(forwarded::NAME, value);
+    }
+    if let Some(who) = who {
+        identify(who, &mut headers)?;
     }
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
@@ -137,4 +178,21 @@ fn request(ask: Ask) -> Result<Request<()>, h2::Error> {
         .map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR))?;
     *request.headers_mut() = headers;
     Ok(request)
+}
+
+fn identify(who: Identified<'_>, headers: &mut HeaderMap) -> Result<(), h2::Error> {
+    // SPIFFE IDs and proofs are visible ASCII.
+    let value =
+        |text: &str| HeaderValue::from_str(text).map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR));
+    headers.insert(SOURCE_HEADER, value(who.source.as_str())?);
+    if let Some(proof) = who.proof {
+        let mut proof = value(proof)?;
+        // Sent once or twice: not worth a place in the compression's table.
+        proof.set_sensitive(true);
+        headers.insert(PROOF_HEADER, proof);
+    }
+    if who.want {
+        headers.insert(WANT_HEADER, HeaderValue::from_static("1"));
+    }
+    Ok(())
 }

@@ -7,10 +7,11 @@ use std::pin::pin;
 use bytes::Bytes;
 use h2::server::{Builder, Connection, SendResponse};
 use h2::{RecvStream, SendStream};
-use http::{Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response};
 
 use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, REASON_HEADER, SEND_BUFFER_BYTES, forwarded, status,
+    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, PROOF_HEADER, REASON_HEADER, SEND_BUFFER_BYTES,
+    SOURCE_HEADER, WANT_HEADER, forwarded, status,
 };
 use crate::tls::stream::{Flush, TlsStream};
 use crate::verdict::Reason;
@@ -110,19 +111,51 @@ pub fn parse<B>(request: &Request<B>) -> Result<Asked, Reason> {
     Ok(Asked { authority, source })
 }
 
-/// Grants a request: the stream is open.
+/// Grants a request: the stream is open. In node scope, with the proof that the peer asked for.
 ///
 /// # Errors
 /// When the peer has given it up meanwhile.
-pub fn accept(mut respond: SendResponse<Bytes>) -> Result<SendStream<Bytes>, h2::Error> {
-    respond.send_response(Response::new(()), false)
+pub fn accept(mut respond: SendResponse<Bytes>, proof: Option<&str>) -> Result<SendStream<Bytes>, h2::Error> {
+    let mut response = Response::new(());
+    if let Some(proof) = proof {
+        let value = HeaderValue::from_str(proof).map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR));
+        let mut value = value?;
+        value.set_sensitive(true);
+        response.headers_mut().insert(PROOF_HEADER, value);
+    }
+    respond.send_response(response, false)
+}
+
+/// What a request says of workloads, in node scope.
+#[derive(Clone, Copy, Debug)]
+pub struct Identified<'a> {
+    /// Whose stream it is.
+    pub source: &'a str,
+    /// The proof of that, if it comes along.
+    pub proof: Option<&'a [u8]>,
+    /// Whether the destination is to be proven.
+    pub want: bool,
+}
+
+/// Reads the headers of node scope.
+///
+/// # Errors
+/// [`Reason::Unproven`] when there is no source.
+pub fn identified<B>(request: &Request<B>) -> Result<Identified<'_>, Reason> {
+    let headers = request.headers();
+    let source = headers.get(SOURCE_HEADER).and_then(|source| source.to_str().ok());
+    Ok(Identified {
+        source: source.ok_or(Reason::Unproven)?,
+        proof: headers.get(PROOF_HEADER).map(HeaderValue::as_bytes),
+        want: headers.contains_key(WANT_HEADER),
+    })
 }
 
 /// Refuses a request, and says why in a status and in our own word.
 pub fn refuse(mut respond: SendResponse<Bytes>, body: RecvStream, reason: Reason) {
     let mut response = Response::new(());
     *response.status_mut() = status(reason);
-    response.headers_mut().insert(REASON_HEADER, http::HeaderValue::from_static(reason.as_str()));
+    response.headers_mut().insert(REASON_HEADER, HeaderValue::from_static(reason.as_str()));
     // The peer may be gone; then there is nobody to tell.
     let _ = respond.send_response(response, true);
     drop(body);

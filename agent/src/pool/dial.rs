@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustls::HandshakeKind;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{ServerName, UnixTime};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -17,10 +17,13 @@ use crate::hbone::client::{Driver, Tunnel};
 use crate::hbone::{LAST_WORDS, Lease};
 use crate::identity::SpiffeId;
 use crate::identity::svid::{Leaf, X509Svid};
+use crate::proof::connection::Proofs;
+use crate::proof::{Binding, Side};
 use crate::telemetry::{Observe, Role};
 use crate::tls::client::Dial;
 use crate::tls::handshake::{self, Established};
 use crate::tls::memory::Memory;
+use crate::tls::roots::Roots;
 use crate::tls::verify::Expected;
 use crate::tls::{self, Settled};
 use crate::trust::{Snapshot, Trust};
@@ -32,6 +35,8 @@ const DEAD_AFTER: Duration = Duration::from_secs(30);
 /// A connection and the trust it rests on.
 pub(super) struct Dialled {
     pub(super) tunnel: Tunnel,
+    /// In node scope, what is proven on it.
+    pub(super) proofs: Option<Arc<Proofs>>,
     pub(super) epoch: Epoch,
 }
 
@@ -59,20 +64,23 @@ impl Dialer {
     pub(super) async fn dial(&self, key: &Key) -> Result<Dialled, Failure> {
         let (svid, snapshot) = self.svid(&key.source).await?;
         let mut again = true;
-        let (tunnel, peer, driver) = loop {
-            let tcp = self.connect(key).await?;
+        let (tunnel, proofs, peer, driver) = loop {
+            let tcp = self.connect(key).await.map_err(|failure| no_node_scope(key, failure))?;
             let began = Instant::now();
             let handshake =
                 timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
             let outcome = handshake.await.unwrap_or_else(|_| Err(Refusal::from(io::ErrorKind::TimedOut)));
             let refusal = match outcome {
-                Ok((tunnel, driver, Settled { leaf: peer, resumed, .. })) => {
+                Ok(Made { tunnel, proofs, driver, settled: Settled { leaf: peer, resumed } }) => {
                     self.observe.handshake(Role::Client, began.elapsed(), resumed);
-                    break (tunnel, peer, driver);
+                    break (tunnel, proofs, peer, driver);
                 }
                 Err(refusal) => refusal,
             };
-            let reason = tls::reason(&refusal.error);
+            let reason = match tls::reason(&refusal.error) {
+                Reason::NoProtocol if key.destination.node_name().is_some() => Reason::NoNodeScope,
+                reason => reason,
+            };
             self.observe.handshake_failed(Role::Client, began.elapsed(), reason);
             // The peer of a resumed session shows in a full handshake who it is today.
             if !(refusal.resumed && std::mem::take(&mut again)) {
@@ -81,38 +89,66 @@ impl Dialer {
         };
         self.observe.pool(1);
         let (dialler, own) = (self.clone(), svid.leaf().clone());
-        // The strong ones are counted: the tunnel's, and one for each stream.
-        let lease = Arc::downgrade(tunnel.lease());
+        let (lease, held) = (Arc::downgrade(tunnel.lease()), proofs.clone());
         tokio::spawn(async move {
-            dialler.drive(driver, [&own, &peer], lease).await;
+            dialler.drive(driver, [&own, &peer], lease, held).await;
             dialler.observe.pool(-1);
         });
-        Ok(Dialled { tunnel, epoch: epoch(&svid, &snapshot) })
+        Ok(Dialled { tunnel, proofs, epoch: epoch(&svid, &snapshot) })
     }
 
-    /// Moves a tunnel's bytes until it ends, or until one of its two certificates is revoked.
+    /// Moves a tunnel's bytes until it ends, or until one of its two certificates is revoked; in node
+    /// scope, cuts the streams of workloads that are.
     async fn drive(
         &self,
-        driver: impl Future<Output = Result<(), h2::Error>>,
+        driver: Driver,
         leaves: [&Leaf; 2],
         lease: Weak<Lease>,
+        proofs: Option<Arc<Proofs>>,
     ) {
         let mut driver = std::pin::pin!(driver);
-        let revoked = tokio::select! {
-            // How it ended shows in the streams; a pooled connection that just ends is no event.
-            _ = &mut driver => return,
-            revoked = self.trust.until_revoked(&leaves) => revoked,
+        let mut changes = self.trust.subscribe();
+        let mut revoked = std::pin::pin!(self.trust.until_revoked(&leaves));
+        let revoked = loop {
+            tokio::select! {
+                // How it ended shows in the streams; a pooled connection that just ends is no event.
+                _ = &mut driver => return,
+                revoked = &mut revoked => break revoked,
+                changed = changes.changed(), if proofs.is_some() => {
+                    let cut = proofs.as_ref().and_then(|proofs| proofs.cut_revoked(&self.trust.snapshot()));
+                    if let Some(revoked) = cut {
+                        self.observe.cut(Role::Client, &revoked);
+                    }
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+            }
         };
         if let Some(lease) = lease.upgrade() {
             lease.cut();
+        }
+        if let Some(proofs) = proofs {
+            proofs.cut_all();
         }
         self.observe.cut(Role::Client, &revoked);
         // The streams' resets tell the peer why.
         let _ = timeout(LAST_WORDS, driver).await;
     }
 
+    /// The trust bundle of a moment, ready to verify with.
+    pub(super) fn roots(&self, snapshot: &Snapshot) -> Result<Arc<Roots>, Failure> {
+        let roots = self.tls.roots(&snapshot.bundle, snapshot.bundle_epoch);
+        roots.map_err(|error| Failure { reason: Reason::Internal, detail: error.to_string().into() })
+    }
+
+    /// The time, as certificates count it.
+    pub(super) fn now(&self) -> UnixTime {
+        self.tls.now()
+    }
+
     /// The source's SVID; one that is just being issued is worth a moment's patience.
-    async fn svid(&self, source: &SpiffeId) -> Result<(Arc<X509Svid>, Arc<Snapshot>), Failure> {
+    pub(super) async fn svid(&self, source: &SpiffeId) -> Result<(Arc<X509Svid>, Arc<Snapshot>), Failure> {
         let mut changes = self.trust.subscribe();
         let held = async {
             loop {
@@ -151,7 +187,7 @@ impl Dialer {
         svid: &X509Svid,
         snapshot: &Snapshot,
         tcp: TcpStream,
-    ) -> Result<(Tunnel, Driver, Settled), Refusal> {
+    ) -> Result<Made, Refusal> {
         let dial = self.how(key, svid, snapshot).map_err(|e| Refusal { error: into(e), resumed: false })?;
         // SNI is off and identities are SPIFFE IDs: the name only tells sessions apart.
         let name = ServerName::IpAddress(key.address.ip().into());
@@ -161,14 +197,44 @@ impl Dialer {
         let settled = dial
             .settle(Some(session.kind), session.peer_chain())
             .map_err(|error| Refusal { error: into(error), resumed })?;
+        if session.alpn.as_deref() != Some(alpn(key)) {
+            // The peer speaks TLS, and went on without choosing what is spoken inside.
+            return Err(Refusal { error: into(rustls::Error::NoApplicationProtocol), resumed: false });
+        }
+        let proofs = key.destination.node_name().map(|_| {
+            let (client, server) = (key.source.clone(), key.destination.clone());
+            Proofs::new(Binding { exporter: session.exporter, client, server }, Side::Client)
+        });
         let (tunnel, driver) = Tunnel::start(stream, self.config.stream_window).await.map_err(into_io)?;
-        Ok((tunnel, driver, settled))
+        Ok(Made { tunnel, proofs, driver, settled })
     }
 
     fn how(&self, key: &Key, svid: &X509Svid, snapshot: &Snapshot) -> Result<Arc<Dial>, rustls::Error> {
         let roots = self.tls.roots(&snapshot.bundle, snapshot.bundle_epoch)?;
-        self.tls.dial(svid, &roots, Expected::Exactly(key.destination.clone()), &[tls::ALPN_H2], None)
+        self.tls.dial(svid, &roots, Expected::Exactly(key.destination.clone()), &[alpn(key)], None)
     }
+}
+
+/// A connection, and what was learnt in making it.
+struct Made {
+    tunnel: Tunnel,
+    proofs: Option<Arc<Proofs>>,
+    driver: Driver,
+    settled: Settled,
+}
+
+/// What is spoken inside: a node's agent is dialled for node scope, and for nothing else.
+fn alpn(key: &Key) -> &'static [u8] {
+    if key.destination.node_name().is_some() { tls::ALPN_NODE } else { tls::ALPN_H2 }
+}
+
+/// Nothing that listens at a node's address, or nothing that speaks node scope, is no failure of the peer:
+/// an agent of another make, or of an earlier version, is reached at its workloads' addresses.
+fn no_node_scope(key: &Key, failure: Failure) -> Failure {
+    if key.destination.node_name().is_some() && failure.reason == Reason::Refused {
+        return Failure { reason: Reason::NoNodeScope, ..failure };
+    }
+    failure
 }
 
 /// Why there is no connection, and whether a session had been resumed for it.

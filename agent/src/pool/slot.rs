@@ -1,5 +1,6 @@
 //! One key's connections, and who waits for the next: no I/O, no clock.
 
+use std::sync::Arc;
 use std::task::Context;
 use std::time::{Duration, Instant};
 
@@ -7,13 +8,13 @@ use tokio::sync::oneshot;
 
 use super::dial::Dialled;
 use super::{Failure, Waiter};
-use crate::hbone::Stream;
-use crate::hbone::client::{Ask, Tunnel};
+use crate::hbone::client::{Place, Tunnel};
+use crate::proof::connection::Proofs;
 
 /// What the one who asks for a stream gets.
 pub(super) enum Next {
-    /// A stream.
-    Open(Stream),
+    /// A place on a connection; in node scope, with what is proven on it.
+    Place(Place, Option<Arc<Proofs>>),
     /// Word of the dial that runs.
     Wait(oneshot::Receiver<Result<(), Failure>>),
 }
@@ -21,6 +22,7 @@ pub(super) enum Next {
 #[derive(Debug)]
 struct Pooled {
     tunnel: Tunnel,
+    proofs: Option<Arc<Proofs>>,
     /// The trust it was verified against.
     epoch: Epoch,
     idle_since: Option<Instant>,
@@ -49,16 +51,14 @@ impl Slot {
         self.pooled.retain_mut(|p| Some(p.epoch) == epoch && p.tunnel.is_open(cx));
     }
 
-    /// A stream on the connection with the fewest, or a place to wait; true asks for a dial.
-    pub(super) fn next(&mut self, ask: Ask, max_streams: usize) -> (Next, bool) {
+    /// A place on the connection with the fewest streams, or one among those who wait; true asks for a
+    /// dial.
+    pub(super) fn next(&mut self, max_streams: usize) -> (Next, bool) {
         let room = |p: &Pooled| p.tunnel.streams() < p.tunnel.allowed().min(max_streams);
         let best = self.pooled.iter_mut().filter(|p| room(p)).min_by_key(|p| p.tunnel.streams());
         if let Some(pooled) = best {
-            // An error means that it closed this instant; dialling is the answer then.
-            if let Ok(stream) = pooled.tunnel.open(ask) {
-                pooled.idle_since = None;
-                return (Next::Open(stream), false);
-            }
+            pooled.idle_since = None;
+            return (Next::Place(pooled.tunnel.place(), pooled.proofs.clone()), false);
         }
         let (waiter, dialled) = oneshot::channel();
         self.waiting.push(waiter);
@@ -72,8 +72,8 @@ impl Slot {
         outcome: Result<Dialled, Failure>,
     ) -> (Vec<Waiter>, Result<(), Failure>) {
         self.dialling = false;
-        let told = outcome.map(|Dialled { tunnel, epoch }| {
-            self.pooled.push(Pooled { tunnel, epoch, idle_since: None });
+        let told = outcome.map(|Dialled { tunnel, proofs, epoch }| {
+            self.pooled.push(Pooled { tunnel, proofs, epoch, idle_since: None });
         });
         (std::mem::take(&mut self.waiting), told)
     }

@@ -5,8 +5,10 @@
 //! new ones, and the old ones go with their last user.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustls::Error;
+use rustls::pki_types::UnixTime;
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
 
 use super::bounded::Bounded;
@@ -83,6 +85,11 @@ impl Memory {
             *current = Some((epoch, Arc::clone(&roots)));
         }
         Ok(roots)
+    }
+
+    /// The time by this memory's clock; the epoch, at which nothing is valid, if it has none.
+    pub fn now(&self) -> UnixTime {
+        self.clock.current_time().unwrap_or_else(|| UnixTime::since_unix_epoch(Duration::ZERO))
     }
 
     /// A listener on these terms.

@@ -1,0 +1,224 @@
+//! Where tunnels arrive, and what may be asked there: at a pod by its own HBONE peers (workload scope),
+//! at the node by other agents of ours, for all of its pods (node scope).
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use h2::RecvStream;
+use http::Request;
+use tokio_util::sync::CancellationToken;
+
+use crate::hbone::Lease;
+use crate::hbone::server::{self, Asked};
+use crate::identity::SpiffeId;
+use crate::identity::svid::X509Svid;
+use crate::pod::Pod;
+use crate::proof::Refusal;
+use crate::proof::connection::{Proofs, Shown};
+use crate::shard::Shard;
+use crate::tls;
+use crate::tls::server::{Listener, Terms};
+use crate::tls::verify::Expected;
+use crate::verdict::Reason;
+
+/// A place where tunnels arrive.
+#[derive(Clone, Debug)]
+pub enum Front {
+    /// A pod's own address.
+    Pod(Arc<Pod>),
+    /// The node's address.
+    Node(Arc<Node>),
+}
+
+/// The node's own front.
+#[derive(Debug)]
+pub struct Node {
+    id: SpiffeId,
+    /// Cancelled when the node's address changes.
+    pub gone: CancellationToken,
+    listener: Mutex<Option<Made>>,
+}
+
+/// A TLS listener, and the generation of SVID and epoch of trust that it was made from.
+type Made = ((u64, u64), Arc<Listener>);
+
+impl Node {
+    /// The front of this node's agent.
+    pub fn new(id: SpiffeId) -> Arc<Self> {
+        Arc::new(Self { id, gone: CancellationToken::new(), listener: Mutex::default() })
+    }
+
+    fn listener(&self, shard: &Shard) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
+        let now = shard.trust.snapshot();
+        let svid = now.svids.get(&self.id).ok_or(Reason::NoSvid)?;
+        if now.revoked(svid.leaf()).is_some() {
+            return Err(Reason::Revoked);
+        }
+        let wanted = (svid.generation(), now.bundle_epoch);
+        // The listener is replaced whole, so a panic elsewhere leaves a good one.
+        let mut cached = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((made_from, listener)) = cached.as_ref()
+            && *made_from == wanted
+        {
+            return Ok((Arc::clone(listener), Arc::clone(svid)));
+        }
+        let roots = shard.tls.roots(&now.bundle, now.bundle_epoch).map_err(|_| Reason::Internal)?;
+        let listener = shard.tls.listener(&Terms {
+            svid,
+            roots: &roots,
+            peers: Expected::Node,
+            judge: None,
+            alpn: &[tls::ALPN_NODE],
+            place: &[b"node", self.id.as_str().as_bytes()],
+            mode: "node",
+        });
+        let listener = listener.map_err(|_| Reason::Internal)?;
+        *cached = Some((wanted, Arc::clone(&listener)));
+        Ok((listener, Arc::clone(svid)))
+    }
+}
+
+/// A stream that may be delivered.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) pod: Arc<Pod>,
+    /// Who opens it, as was proven.
+    pub(super) source: SpiffeId,
+    pub(super) asked: Asked,
+    /// Cut when one of the certificates that it rests on is revoked.
+    pub(super) lease: Arc<Lease>,
+    /// The destination's proof, if the peer asked for it.
+    pub(super) proof: Option<Arc<Shown>>,
+}
+
+/// What admission knows of the tunnel that a stream comes on.
+#[derive(Clone, Debug)]
+pub(super) enum Tunnel {
+    /// The peer's certificate is the workload's.
+    Workload { peer: SpiffeId, lease: Arc<Lease> },
+    /// The peer's certificate is its node's; its workloads prove themselves.
+    Node(Arc<Proofs>),
+}
+
+impl Tunnel {
+    /// Ends all streams: the tunnel rests on something that was revoked.
+    pub(super) fn cut(&self) {
+        match self {
+            Self::Workload { lease, .. } => lease.cut(),
+            Self::Node(proofs) => proofs.cut_all(),
+        }
+    }
+}
+
+impl Front {
+    /// Whose front it is.
+    pub fn id(&self) -> &SpiffeId {
+        match self {
+            Self::Pod(pod) => &pod.workload.id,
+            Self::Node(node) => &node.id,
+        }
+    }
+
+    /// Cancelled when tunnels shall no longer arrive here.
+    pub fn gone(&self) -> &CancellationToken {
+        match self {
+            Self::Pod(pod) => &pod.gone,
+            Self::Node(node) => &node.gone,
+        }
+    }
+
+    pub(super) fn alpn(&self) -> &'static [u8] {
+        match self {
+            Self::Pod(_) => tls::ALPN_H2,
+            Self::Node(_) => tls::ALPN_NODE,
+        }
+    }
+
+    /// How it answers now, and the SVID it presents.
+    pub(super) fn listener(&self, shard: &Shard) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
+        match self {
+            Self::Pod(pod) => pod.listener(&shard.trust, &shard.tls),
+            Self::Node(node) => node.listener(shard),
+        }
+    }
+
+    /// May this be asked here?
+    pub(super) fn admit(
+        &self,
+        shard: &Shard,
+        tunnel: &Tunnel,
+        request: &Request<RecvStream>,
+    ) -> Result<Admitted, Refusal> {
+        let asked = server::parse(request).map_err(|reason| refusal(reason, request))?;
+        let (pod, admitted) = match (self, tunnel) {
+            // The tunnel's server identity is the pod's, so only the pod's own addresses may be named.
+            (Self::Pod(pod), Tunnel::Workload { peer, lease }) if pod.has(asked.authority.ip()) => {
+                (pod, (peer.clone(), Arc::clone(lease), None))
+            }
+            (Self::Node(_), Tunnel::Node(proofs)) => {
+                let pod = shard.pods.at(asked.authority.ip());
+                let pod = pod.ok_or_else(|| refusal(Reason::NotLocal, request))?;
+                return finish(pod.clone(), asked, introduce(shard, proofs, &pod, request)?, request);
+            }
+            _ => return Err(refusal(Reason::NotLocal, request)),
+        };
+        finish(Arc::clone(pod), asked, admitted, request)
+    }
+}
+
+type Introduced = (SpiffeId, Arc<Lease>, Option<Arc<Shown>>);
+
+fn finish(
+    pod: Arc<Pod>,
+    asked: Asked,
+    (source, lease, proof): Introduced,
+    request: &Request<RecvStream>,
+) -> Result<Admitted, Refusal> {
+    if pod.own_ports.contains(&asked.authority.port()) {
+        return Err(refusal(Reason::AgentPort, request));
+    }
+    Ok(Admitted { pod, source, asked, lease, proof })
+}
+
+/// Node scope: the source has proven itself on this connection and runs on the peer's node; we prove the
+/// destination if we are asked to.
+fn introduce(
+    shard: &Shard,
+    proofs: &Proofs,
+    pod: &Pod,
+    request: &Request<RecvStream>,
+) -> Result<Introduced, Refusal> {
+    let said = server::identified(request).map_err(|reason| refusal(reason, request))?;
+    let (trust, now) = (shard.trust.snapshot(), shard.tls.now());
+    let roots = shard.tls.roots(&trust.bundle, trust.bundle_epoch);
+    let roots = roots.map_err(|error| Refusal { reason: Reason::Internal, detail: error.to_string() })?;
+    let source = SpiffeId::parse(said.source).map_err(|error| Refusal {
+        reason: Reason::BadRequest,
+        detail: format!("hauberk-source: {error}"),
+    })?;
+    let theirs = match said.proof {
+        Some(proof) => proofs.learn(proof, &trust, &roots, now)?,
+        None => proofs.knows(&source, &trust, &roots, now)?,
+    };
+    if theirs.leaf.id != source {
+        let detail = format!("the proof is of {}, the stream of {source}", theirs.leaf.id);
+        return Err(Refusal { reason: Reason::BadProof, detail });
+    }
+    let node = proofs.peer().node_name().unwrap_or_default();
+    if !shard.directory.load().places(&source, node) {
+        let detail = format!("the directory places no enrolled workload with {source} on node {node}");
+        return Err(Refusal { reason: Reason::NotPlaced, detail });
+    }
+    let id = &pod.workload.id;
+    let own = trust.svids.get(id).filter(|svid| trust.revoked(svid.leaf()).is_none());
+    let own = own.ok_or_else(|| Refusal {
+        reason: Reason::NoSvid,
+        detail: format!("{id} has no SVID that it may present"),
+    })?;
+    let proof = if said.want { Some(proofs.show(own)?) } else { None };
+    Ok((source, proofs.lease(&theirs, own), proof))
+}
+
+fn refusal(reason: Reason, request: &Request<RecvStream>) -> Refusal {
+    let authority = request.uri().authority().map_or("no authority", |authority| authority.as_str());
+    Refusal { reason, detail: format!("{} {authority}", request.method()) }
+}
