@@ -111,9 +111,12 @@ impl Proofs {
         now: UnixTime,
     ) -> Result<Arc<Verified>, Refusal> {
         let sent: Digest = digest(&[header]);
-        if let Some(known) = lock(&self.theirs).values().find(|theirs| theirs.proven.sent == sent) {
-            // Streams repeat a proof until one is answered: the same bytes prove the same once more.
-            let id = known.proven.verified.leaf.id.clone();
+        // Streams repeat a proof until one is answered: the same bytes prove the same once more.
+        let known = lock(&self.theirs)
+            .iter()
+            .find(|(_, theirs)| theirs.proven.sent == sent)
+            .map(|(id, _)| id.clone());
+        if let Some(id) = known {
             return self.knows(&id, trust, roots, now);
         }
         let proven = verify(header, &self.binding, self.side.other(), &verifier(roots), now);
@@ -225,4 +228,115 @@ fn room(held: usize) -> Result<(), Refusal> {
 /// Entries are whole at every instant, so a panic elsewhere leaves good ones.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+    use super::*;
+    use crate::ca::{Ca, ProvenKey, create_root};
+    use crate::identity::TrustDomain;
+    use crate::identity::revocation::Subject;
+    use crate::issue::Keypair;
+    use crate::trust::Trust;
+
+    /// Both ends of one connection, and the client's workload.
+    struct Scene {
+        ca: Ca,
+        trust: Arc<Trust>,
+        client: Arc<Proofs>,
+        server: Arc<Proofs>,
+        web: Arc<X509Svid>,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let domain = TrustDomain::parse("td.test").unwrap();
+            let ca = Ca::from_pem(domain.clone(), &create_root(&domain, SystemTime::now()).unwrap()).unwrap();
+            let [one, two] = ["n1", "n2"].map(|node| SpiffeId::node(&domain, node).unwrap());
+            let binding = Binding { exporter: [7; 32], client: one, server: two };
+            Self {
+                trust: Trust::new(ca.bundle().clone()),
+                client: Proofs::new(binding.clone(), Side::Client),
+                server: Proofs::new(binding, Side::Server),
+                web: svid(&ca, "web"),
+                ca,
+            }
+        }
+
+        fn roots(&self) -> Arc<Roots> {
+            Roots::new(&self.trust.snapshot().bundle, None).unwrap()
+        }
+
+        fn learn(&self) -> Result<Arc<Verified>, Refusal> {
+            let header = &self.client.show(&self.web).unwrap().header;
+            self.server.learn(header.as_bytes(), &self.trust.snapshot(), &self.roots(), now())
+        }
+
+        fn knows(&self) -> Result<Arc<Verified>, Reason> {
+            let known = self.server.knows(self.web.id(), &self.trust.snapshot(), &self.roots(), now());
+            known.map_err(|refusal| refusal.reason)
+        }
+    }
+
+    fn svid(ca: &Ca, name: &str) -> Arc<X509Svid> {
+        let key = Keypair::generate().unwrap();
+        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+        let id = SpiffeId::workload(ca.domain(), "shop", name).unwrap();
+        let chain = ca.issue(&proven, &id, Duration::from_secs(600), SystemTime::now()).unwrap();
+        Arc::new(key.with_chain(chain).unwrap())
+    }
+
+    fn now() -> UnixTime {
+        UnixTime::since_unix_epoch(SystemTime::now().duration_since(UNIX_EPOCH).unwrap())
+    }
+
+    #[test]
+    fn a_proof_is_signed_once_and_may_come_again() {
+        let scene = Scene::new();
+        assert_eq!(scene.knows().unwrap_err(), Reason::Unproven);
+        let first = scene.client.show(&scene.web).unwrap();
+        assert_eq!(first.header, scene.client.show(&scene.web).unwrap().header, "the same signature");
+        for _ in 0..3 {
+            assert_eq!(scene.learn().unwrap().leaf.id, *scene.web.id());
+        }
+        assert_eq!(scene.knows().unwrap().leaf.id, *scene.web.id());
+    }
+
+    #[test]
+    fn other_roots_have_what_was_proven_judged_anew() {
+        let scene = Scene::new();
+        scene.learn().unwrap();
+        let other = Scene::new();
+        scene.trust.set_bundle(other.ca.bundle().clone());
+        assert_eq!(scene.knows().unwrap_err(), Reason::UnknownIssuer);
+    }
+
+    #[test]
+    fn a_revoked_workloads_streams_are_cut_and_no_others() {
+        let scene = Scene::new();
+        let web = scene.learn().unwrap();
+        let (own, other) = (svid(&scene.ca, "api"), svid(&scene.ca, "db"));
+        let shown = scene.client.show(&other).unwrap();
+        let db = scene.server.learn(shown.header.as_bytes(), &scene.trust.snapshot(), &scene.roots(), now());
+        let (cut, left) = (scene.server.lease(&web, &own), scene.server.lease(&db.unwrap(), &own));
+        let mut list = crate::identity::revocation::Revocations::default();
+        list.revoke(Subject::SpiffeId(scene.web.id().clone()), SystemTime::now()).unwrap();
+        scene.trust.set_revocations(list);
+        assert!(scene.server.cut_revoked(&scene.trust.snapshot()).is_some());
+        assert!(cut.is_cut() && !left.is_cut());
+        assert_eq!(scene.knows().unwrap_err(), Reason::Revoked);
+    }
+
+    #[test]
+    fn a_peer_that_sends_rubbish_is_hopeless_in_the_end() {
+        let scene = Scene::new();
+        for tried in 0..MAX_FAILURES {
+            assert!(!scene.server.is_hopeless(), "after {tried}");
+            let learnt = scene.server.learn(b"AQ", &scene.trust.snapshot(), &scene.roots(), now());
+            assert_eq!(learnt.unwrap_err().reason, Reason::BadProof);
+        }
+        assert!(scene.server.is_hopeless());
+    }
 }
