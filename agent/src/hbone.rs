@@ -8,7 +8,10 @@ pub mod forwarded;
 pub mod server;
 pub mod transport;
 
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
@@ -58,6 +61,36 @@ pub enum Recv {
     Pending(h2::client::ResponseFuture),
     /// Open.
     Open(RecvStream),
+}
+
+impl Recv {
+    /// The payload, once the peer has accepted the stream.
+    ///
+    /// # Errors
+    /// Why it was refused, or what became of the tunnel meanwhile.
+    pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Result<&mut RecvStream, Reason>> {
+        if let Self::Pending(response) = self {
+            match ready!(Pin::new(response).poll(cx)) {
+                Ok(response) if response.status() == StatusCode::OK => {
+                    *self = Self::Open(response.into_body());
+                }
+                Ok(response) => return Poll::Ready(Err(refusal(&response))),
+                Err(e) => return Poll::Ready(Err(reason(&e))),
+            }
+        }
+        match self {
+            Self::Open(body) => Poll::Ready(Ok(body)),
+            Self::Pending(_) => Poll::Pending,
+        }
+    }
+
+    /// Waits until the peer has accepted the stream.
+    ///
+    /// # Errors
+    /// As [`Recv::poll_accepted`].
+    pub async fn accepted(&mut self) -> Result<(), Reason> {
+        poll_fn(|cx| self.poll_accepted(cx).map_ok(drop)).await
+    }
 }
 
 /// What a refused CONNECT is answered with (RFC 9110, section 15).

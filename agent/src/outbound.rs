@@ -1,12 +1,15 @@
-//! The sending agent's way: accepted from the application, resolved, and on through the pool.
+//! The sending agent's way: accepted from the application, resolved, balanced, and on through the pool.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::balance::Pick;
+use crate::directory::ResolveError;
+use crate::hbone::Stream;
 use crate::hbone::client::Ask;
 use crate::pod::Pod;
 use crate::pool::{Failure, Key};
@@ -87,13 +90,55 @@ async fn carry(
         detail: "connected to the agent's own listener; it takes captured connections only".into(),
     })?;
     way.destination = Some(original);
-    let destination = shard.directory.load().resolve(original, shard.turn()).map_err(|error| Failure {
+    let (pick, stream) = reach(shard, pod, app, source, original, way).await?;
+    way.encryption = Encryption::Mtls;
+    let relayed = relay::relay(app, stream, shard.stop(&pod.gone)).await;
+    pick.ended(relayed.reason, Instant::now());
+    Ok(relayed)
+}
+
+/// A stream to the original destination: for a service, from the first endpoint tried that gives one.
+async fn reach(
+    shard: &Shard,
+    pod: &Pod,
+    app: &TcpStream,
+    source: SocketAddr,
+    original: SocketAddr,
+    way: &mut Way,
+) -> Result<(Pick, Stream), Failure> {
+    let nowhere = |error: ResolveError| Failure {
         reason: match error {
-            crate::directory::ResolveError::UnknownAddress => Reason::UnknownDestination,
+            ResolveError::UnknownAddress => Reason::UnknownDestination,
             _ => Reason::NoEndpoint,
         },
         detail: format!("{original}: {error}").into(),
-    })?;
+    };
+    let directory = shard.directory.load();
+    let to = directory.resolve(original).map_err(nowhere)?;
+    let mut tries = shard.balance.tries(&directory, to, Instant::now(), shard.tunnel.connect_timeout);
+    let mut failed = None;
+    while let Some(mut pick) = tries.next(Instant::now()) {
+        match open(shard, pod, app, source, &mut pick, way).await {
+            Ok(stream) => return Ok((pick, stream)),
+            Err(failure) => {
+                tries.failed(pick, failure.reason, Instant::now());
+                failed = Some(failure);
+            }
+        }
+    }
+    Err(failed.unwrap_or_else(|| nowhere(ResolveError::NoEndpoint)))
+}
+
+/// One try. When it fails, nothing that the application sends has been read.
+async fn open(
+    shard: &Shard,
+    pod: &Pod,
+    app: &TcpStream,
+    source: SocketAddr,
+    pick: &mut Pick,
+    way: &mut Way,
+) -> Result<Stream, Failure> {
+    let destination = &pick.destination;
     way.destination = Some(destination.address);
     let key = Key {
         source: pod.workload.id.clone(),
@@ -102,12 +147,38 @@ async fn carry(
     };
     let key = way.key.insert(key);
     let ask = Ask { authority: destination.address, source };
-    let stream = tokio::select! {
-        opened = shard.pool.open(key, ask) => opened?,
-        error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+    let opening = async {
+        let mut stream = shard.pool.open(key, ask).await?;
+        if pick.is_wary {
+            stream.recv.accepted().await.map_err(|reason| Failure {
+                reason,
+                detail: format!("{} at {} refused the stream", key.destination, ask.authority).into(),
+            })?;
+        }
+        Ok(stream)
     };
-    way.encryption = Encryption::Mtls;
-    Ok(relay::relay(app, stream, shard.stop(&pod.gone)).await)
+    // No other endpoint is faster while it is our own SVID that is waited for.
+    let patience = pick.patience.filter(|_| shard.trust.svid(&pod.workload.id).is_some());
+    let stream = tokio::select! {
+        opened = opening => opened?,
+        error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+        () = enough(patience) => return Err(Failure {
+            reason: Reason::ConnectTimeout,
+            detail: format!("{} at {} gave no stream in time", key.destination, key.address).into(),
+        }),
+    };
+    if pick.is_wary {
+        pick.accepted(Instant::now());
+    }
+    Ok(stream)
+}
+
+/// Resolves when patience is over, which without a measure is never.
+async fn enough(patience: Option<Duration>) {
+    match patience {
+        Some(patience) => tokio::time::sleep(patience).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Resolves when the application resets the connection while its tunnel is still being made.

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::{self, Readiness, State};
+use crate::balance::Balance;
 use crate::capture::Capture;
 use crate::config::AgentConfig;
 use crate::directory::{Live, file};
@@ -100,6 +101,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
+    tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
     tokio::spawn(beat(Arc::clone(&capture)));
     tokio::spawn(log_kernel_events(Arc::clone(&capture)));
     tokio::spawn(judge_readiness(Arc::clone(&state), node));
@@ -147,11 +149,13 @@ fn shared(
     capture: &Arc<Capture>,
     metrics: &Arc<Metrics>,
 ) -> Shared {
+    let observe = Observe::new(Arc::clone(metrics));
     Shared {
         trust: Arc::clone(trust),
         directory: Arc::clone(directory),
+        balance: Arc::new(Balance::new(config.node.clone(), observe.clone())),
         capture: Arc::clone(capture),
-        observe: Observe::new(Arc::clone(metrics)),
+        observe,
         tunnel: Arc::new(config.tunnel.clone()),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),

@@ -1,14 +1,11 @@
 //! Tunnel to application.
 
 use std::collections::VecDeque;
-use std::future::Future;
 use std::io::{self, IoSlice};
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use h2::RecvStream;
-use http::StatusCode;
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
@@ -91,22 +88,12 @@ impl Down {
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Reason>>> {
-        if let Recv::Pending(response) = &mut self.recv {
-            match ready!(Pin::new(response).poll(cx)) {
-                Ok(response) if response.status() == StatusCode::OK => {
-                    self.recv = Recv::Open(response.into_body());
-                }
-                Ok(response) => return Poll::Ready(Some(Err(hbone::refusal(&response)))),
-                Err(e) => return Poll::Ready(Some(Err(hbone::reason(&e)))),
-            }
-        }
-        match &mut self.recv {
-            Recv::Open(body) => {
-                let data = ready!(body.poll_data(cx));
-                Poll::Ready(data.map(|chunk| chunk.map_err(|e| hbone::reason(&e))))
-            }
-            Recv::Pending(_) => Poll::Pending,
-        }
+        let body = match ready!(self.recv.poll_accepted(cx)) {
+            Ok(body) => body,
+            Err(reason) => return Poll::Ready(Some(Err(reason))),
+        };
+        let data = ready!(body.poll_data(cx));
+        Poll::Ready(data.map(|chunk| chunk.map_err(|e| hbone::reason(&e))))
     }
 
     fn push(&mut self, chunk: Bytes) {
