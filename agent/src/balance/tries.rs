@@ -282,8 +282,10 @@ mod tests {
             seen.push(name(&pick));
             tries.failed(pick, Reason::ConnectTimeout, now);
         }
+        assert_eq!(seen.len(), MAX_TRIES as usize);
+        seen.sort();
         seen.dedup();
-        assert_eq!(seen.len(), MAX_TRIES as usize, "and each at another endpoint: {seen:?}");
+        assert_eq!(seen.len(), MAX_TRIES as usize, "each at another endpoint: {seen:?}");
         let mut tries = bench.to(SERVICE, now);
         let pick = tries.next(now).unwrap();
         tries.failed(pick, Reason::ConnectTimeout, now);
