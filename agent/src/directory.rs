@@ -76,13 +76,44 @@ pub struct Service {
     pub endpoints: Vec<Arc<Workload>>,
 }
 
-/// What an original destination turned out to be.
+/// Who must answer, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     /// Who must answer.
     pub workload: Arc<Workload>,
     /// Where its application listens.
     pub address: SocketAddr,
+}
+
+/// What an original destination turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolved {
+    /// A workload's own address: nobody else will do.
+    Workload(Destination),
+    /// A service's port: any of its endpoints will do.
+    Service(Endpoints),
+}
+
+/// Those who serve a port of a service; at least one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoints {
+    /// The service.
+    pub service: Arc<Service>,
+    /// The service's address and port.
+    pub address: SocketAddr,
+    /// The workloads' port.
+    target: u16,
+}
+
+impl Endpoints {
+    /// Each endpoint in the mesh, at its address of the same family as the service's.
+    pub fn destinations(&self) -> impl Iterator<Item = Destination> + '_ {
+        self.service.endpoints.iter().filter(|w| w.mode != Mode::Off).filter_map(|workload| {
+            let ip = workload.addresses.iter().find(|a| a.is_ipv4() == self.address.is_ipv4())?;
+            let address = SocketAddr::new(*ip, self.target);
+            Some(Destination { workload: Arc::clone(workload), address })
+        })
+    }
 }
 
 /// Why an original destination leads nowhere.
@@ -162,24 +193,23 @@ impl Directory {
         workloads.chain(services)
     }
 
-    /// Where an original destination leads; a service's endpoints take turns by `turn`.
+    /// Where an original destination leads.
     ///
     /// # Errors
     /// When the directory does not (any more) know the address, the port or an endpoint.
-    pub fn resolve(&self, original_dst: SocketAddr, turn: usize) -> Result<Destination, ResolveError> {
+    pub fn resolve(&self, original_dst: SocketAddr) -> Result<Resolved, ResolveError> {
         let ip = original_dst.ip().to_canonical();
+        let address = SocketAddr::new(ip, original_dst.port());
         if let Some(workload) = self.by_address.get(&ip) {
-            let address = SocketAddr::new(ip, original_dst.port());
-            return Ok(Destination { workload: Arc::clone(workload), address });
+            return Ok(Resolved::Workload(Destination { workload: Arc::clone(workload), address }));
         }
         let service = self.services.get(&ip).ok_or(ResolveError::UnknownAddress)?;
-        let port = *service.ports.get(&original_dst.port()).ok_or(ResolveError::UnknownPort)?;
-        let ready: Vec<_> = service.endpoints.iter().filter(|w| w.mode != Mode::Off).collect();
-        let workload = *ready.get(turn % ready.len().max(1)).ok_or(ResolveError::NoEndpoint)?;
-        // A service address leads to the endpoint's address of the same family.
-        let endpoint = workload.addresses.iter().find(|a| a.is_ipv4() == ip.is_ipv4());
-        let endpoint = *endpoint.ok_or(ResolveError::NoEndpoint)?;
-        Ok(Destination { workload: Arc::clone(workload), address: SocketAddr::new(endpoint, port) })
+        let target = *service.ports.get(&address.port()).ok_or(ResolveError::UnknownPort)?;
+        let endpoints = Endpoints { service: Arc::clone(service), address, target };
+        if endpoints.destinations().next().is_none() {
+            return Err(ResolveError::NoEndpoint);
+        }
+        Ok(Resolved::Service(endpoints))
     }
 }
 

@@ -8,7 +8,7 @@ pub mod forwarded;
 pub mod lease;
 pub mod server;
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -74,11 +74,11 @@ pub enum Recv {
 }
 
 impl Recv {
-    /// Open once the peer has granted the stream.
+    /// The payload, once the peer has accepted the stream.
     ///
     /// # Errors
-    /// With the peer's reason when it refused.
-    pub fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Result<&mut RecvStream, Reason>> {
+    /// Why it was refused, or what became of the tunnel meanwhile.
+    pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Result<&mut RecvStream, Reason>> {
         if let Self::Pending(response, proof) = self {
             let response = ready!(Pin::new(response).poll(cx)).map_err(|error| reason(&error))?;
             let granted = response.status() == StatusCode::OK;
@@ -97,6 +97,14 @@ impl Recv {
             Self::Open(body) => Poll::Ready(Ok(body)),
             Self::Pending(..) => Poll::Pending,
         }
+    }
+
+    /// Waits until the peer has accepted the stream.
+    ///
+    /// # Errors
+    /// As [`Recv::poll_accepted`].
+    pub async fn accepted(&mut self) -> Result<(), Reason> {
+        poll_fn(|cx| self.poll_accepted(cx).map_ok(drop)).await
     }
 }
 

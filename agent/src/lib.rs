@@ -3,7 +3,7 @@
 //! The map, in the order a connection meets it:
 //!
 //! - [`capture`] takes a connection over, inside the pod's [`netns`];
-//! - [`directory`] says who must be at its destination;
+//! - [`directory`] says who must be at its destination, [`balance`] which endpoint of a service it is;
 //! - [`outbound`] is the sending agent's whole way: resolve, then a stream from the [`pool`];
 //! - [`pool`] holds connections by (source identity, destination identity, address);
 //! - [`proof`] proves many workloads on one connection between two nodes;
@@ -29,6 +29,7 @@ pub mod issue;
 pub mod rotate;
 pub mod trust;
 
+pub mod balance;
 pub mod capture;
 pub mod deliver;
 pub mod directory;

@@ -1,13 +1,15 @@
-//! The sending agent's way: accepted from the application, resolved, and on through the pool.
+//! The sending agent's way: accepted from the application, resolved, balanced, and on through the pool.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::directory::Destination;
+use crate::balance::Pick;
+use crate::directory::{Destination, ResolveError};
+use crate::hbone::Stream;
 use crate::hbone::client::Ask;
 use crate::pod::Pod;
 use crate::pool::{Failure, Key, Route};
@@ -88,23 +90,92 @@ async fn carry(
         detail: "connected to the agent's own listener; it takes captured connections only".into(),
     })?;
     way.destination = Some(original);
-    let destination = shard.directory.load().resolve(original, shard.turn()).map_err(|error| Failure {
+    let (pick, stream) = reach(shard, pod, app, source, original, way).await?;
+    way.encryption = Encryption::Mtls;
+    let relayed = relay::relay(app, stream, shard.stop(&pod.gone)).await;
+    pick.ended(relayed.reason, Instant::now());
+    Ok(relayed)
+}
+
+/// A stream to the original destination: for a service, from the first endpoint tried that gives one.
+async fn reach(
+    shard: &Shard,
+    pod: &Pod,
+    app: &TcpStream,
+    source: SocketAddr,
+    original: SocketAddr,
+    way: &mut Way,
+) -> Result<(Pick, Stream), Failure> {
+    let nowhere = |error: ResolveError| Failure {
         reason: match error {
-            crate::directory::ResolveError::UnknownAddress => Reason::UnknownDestination,
+            ResolveError::UnknownAddress => Reason::UnknownDestination,
             _ => Reason::NoEndpoint,
         },
         detail: format!("{original}: {error}").into(),
-    })?;
+    };
+    let directory = shard.directory.load();
+    let to = directory.resolve(original).map_err(nowhere)?;
+    let mut tries = shard.balance.tries(&directory, to, Instant::now(), shard.tunnel.connect_timeout);
+    let mut failed = None;
+    while let Some(mut pick) = tries.next(Instant::now()) {
+        match open(shard, pod, app, source, &mut pick, way).await {
+            Ok(stream) => return Ok((pick, stream)),
+            Err(failure) => {
+                tries.failed(pick, failure.reason, Instant::now());
+                failed = Some(failure);
+            }
+        }
+    }
+    Err(failed.unwrap_or_else(|| nowhere(ResolveError::NoEndpoint)))
+}
+
+/// One try. When it fails, nothing that the application sends has been read.
+async fn open(
+    shard: &Shard,
+    pod: &Pod,
+    app: &TcpStream,
+    source: SocketAddr,
+    pick: &mut Pick,
+    way: &mut Way,
+) -> Result<Stream, Failure> {
+    let destination = &pick.destination;
     way.destination = Some(destination.address);
-    let route = route(shard, pod, &destination);
+    let route = route(shard, pod, destination);
     way.key = Some(route.workload.clone());
     let ask = Ask { authority: destination.address, source };
-    let stream = tokio::select! {
-        opened = shard.pool.open(&route, ask, Instant::now()) => opened?,
-        error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+    let opening = async {
+        let mut stream = shard.pool.open(&route, ask, Instant::now()).await?;
+        if pick.is_wary {
+            stream.recv.accepted().await.map_err(|reason| Failure {
+                reason,
+                detail: format!("{} at {} refused the stream", route.workload.destination, ask.authority)
+                    .into(),
+            })?;
+        }
+        Ok(stream)
     };
-    way.encryption = Encryption::Mtls;
-    Ok(relay::relay(app, stream, shard.stop(&pod.gone)).await)
+    // No other endpoint is faster while it is our own SVID that is waited for.
+    let patience = pick.patience.filter(|_| has_svids(shard, pod, &route));
+    let stream = tokio::select! {
+        opened = opening => opened?,
+        error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+        () = enough(patience) => return Err(Failure {
+            reason: Reason::ConnectTimeout,
+            detail: format!("{} at {} gave no stream in time", route.workload.destination, ask.authority).into(),
+        }),
+    };
+    if pick.is_wary {
+        pick.accepted(Instant::now());
+    }
+    Ok(stream)
+}
+
+/// Resolves when patience is over, which without a measure is never.
+async fn enough(patience: Option<Duration>) {
+    match patience {
+        Some(patience) => tokio::time::sleep(patience).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Resolves when the application resets the connection while its tunnel is still being made.
@@ -130,4 +201,11 @@ fn route(shard: &Shard, pod: &Pod, destination: &Destination) -> Route {
         address: SocketAddr::new(node.address, port),
     });
     Route { workload, node }
+}
+
+/// Whether every SVID that a stream is opened with is there.
+fn has_svids(shard: &Shard, pod: &Pod, route: &Route) -> bool {
+    let trust = shard.trust.snapshot();
+    let node = route.node.as_ref().map(|node| &node.source);
+    [Some(&pod.workload.id), node].into_iter().flatten().all(|id| trust.svids.contains_key(id))
 }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::{self, Readiness, State};
+use crate::balance::Balance;
 use crate::capture::Capture;
 use crate::config::AgentConfig;
 use crate::directory::{Live, file};
@@ -103,6 +104,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
+    tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
     tokio::spawn(beat(Arc::clone(&capture)));
     tokio::spawn(log_kernel_events(Arc::clone(&capture)));
     tokio::spawn(judge_readiness(Arc::clone(&state), node));
@@ -159,6 +161,7 @@ fn shared(
         node: node.clone(),
         directory: Arc::clone(directory),
         pods: Arc::default(),
+        balance: Arc::new(Balance::new(config.node.clone(), observe.clone())),
         capture: Arc::clone(capture),
         tls: Memory::new(keys, observe.clone()),
         observe,

@@ -8,7 +8,6 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::balance::Balance;
 use crate::capture::{Capture, Listeners};
 use crate::config::TunnelConfig;
 use crate::directory;
@@ -42,6 +42,8 @@ pub struct Shared {
     pub directory: Arc<directory::Live>,
     /// This node's enrolled pods.
     pub pods: Arc<Pods>,
+    /// Which endpoint of a service is next.
+    pub balance: Arc<Balance>,
     /// The kernel side.
     pub capture: Arc<Capture>,
     /// What TLS remembers.
@@ -66,7 +68,6 @@ pub struct Shard {
     shared: Shared,
     /// This thread's connections to peers.
     pub pool: Pool,
-    turns: Arc<AtomicUsize>,
 }
 
 impl std::ops::Deref for Shard {
@@ -93,11 +94,6 @@ impl Shard {
             () = pod_gone.cancelled() => Reason::Draining,
             () = self.shared.abort.cancelled() => Reason::Draining,
         }
-    }
-
-    /// A number that grows with each call, for taking turns.
-    pub fn turn(&self) -> usize {
-        self.turns.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Says that accepting failed, and waits until trying again makes sense.
@@ -165,7 +161,7 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
     let dialer = Dialer::new(trust, tls, Arc::clone(&shared.tunnel), shared.observe.clone());
     let pool = Pool::new(dialer, shared.tunnel.max_streams);
     let idle = shared.tunnel.idle_timeout;
-    let shard = Shard { shared, pool, turns: Arc::new(AtomicUsize::new(fastrand::usize(..1 << 16))) };
+    let shard = Shard { shared, pool };
     let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_secs(1)));
     loop {
         tokio::select! {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::identity::SpiffeId;
 use crate::identity::revocation::Revoked;
-use crate::verdict::{Direction, Encryption, Reason, Unresumed};
+use crate::verdict::{Direction, Encryption, Locality, Reason, Unresumed};
 pub use metrics::Metrics;
 
 /// Which side of a TLS handshake the agent was.
@@ -103,5 +103,20 @@ impl Observe {
     /// A pooled connection came (`+1`) or went (`-1`).
     pub fn pool(&self, change: i64) {
         self.metrics.pool(change);
+    }
+
+    /// An endpoint of a service was picked; `again` says that another had failed before.
+    pub fn picked(&self, locality: Locality, again: bool) {
+        self.metrics.balance.picked(locality, again);
+    }
+
+    /// An endpoint of a service was ejected.
+    pub fn ejected(&self) {
+        self.metrics.balance.ejected();
+    }
+
+    /// An ejected endpoint was let back, or is gone.
+    pub fn readmitted(&self) {
+        self.metrics.balance.readmitted();
     }
 }

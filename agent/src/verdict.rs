@@ -158,6 +158,18 @@ labels! {
     }
 }
 
+labels! {
+    /// How near a service's endpoint is, seen from this node.
+    Locality {
+        /// On this node.
+        Node = "node",
+        /// On another node of this node's zone.
+        Zone = "zone",
+        /// Farther, or nobody knows.
+        Other = "other",
+    }
+}
+
 impl Reason {
     /// The verdict this reason belongs to.
     pub fn verdict(self) -> Verdict {

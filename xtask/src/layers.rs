@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::shell::root;
 
 /// A module, and the modules it may name. `run` puts everything together and may name all.
-const LAYERS: [(&str, &[&str]); 26] = [
+const LAYERS: [(&str, &[&str]); 27] = [
     ("verdict", &[]),
     ("identity", &[]),
     ("config", &["identity"]),
@@ -28,11 +28,13 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
     ("deliver", &["capture", "netns"]),
     ("pod", &["deliver", "directory", "identity", "tls", "trust", "verdict"]),
-    ("outbound", &["directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
+    ("balance", &["directory", "telemetry", "verdict"]),
+    ("outbound", &["balance", "directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
     ("inbound", &["hbone", "identity", "pod", "pool", "relay", "shard", "telemetry", "tls", "verdict"]),
     (
         "shard",
         &[
+            "balance",
             "capture",
             "config",
             "directory",

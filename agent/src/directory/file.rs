@@ -244,6 +244,7 @@ pub async fn watch(path: PathBuf, domain: TrustDomain, live: Arc<Live>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Resolved;
     use super::*;
 
     fn parse(text: &str) -> Result<Directory, String> {
@@ -263,13 +264,40 @@ workloads:
             "{TWO}services:\n  - {{name: db, namespace: shop, addresses: [10.96.0.1], ports: [{{port: 80, targetPort: 8080}}], endpoints: [shop/b]}}"
         );
         let directory = parse(&text).unwrap();
-        let to = |address: &str| directory.resolve(address.parse().unwrap(), 0);
+        let to = |address: &str| {
+            directory.resolve(address.parse().unwrap()).map(|to| match to {
+                Resolved::Workload(destination) => destination,
+                Resolved::Service(endpoints) => endpoints.destinations().next().unwrap(),
+            })
+        };
         assert_eq!(to("10.96.0.1:80").unwrap().address, "10.2.0.2:8080".parse().unwrap());
         assert_eq!(to("[::ffff:10.1.0.2]:5").unwrap().workload.id.path(), "/ns/shop/sa/web");
         assert_eq!(to("10.96.0.1:81"), Err(super::super::ResolveError::UnknownPort));
         assert_eq!(to("10.9.9.9:1"), Err(super::super::ResolveError::UnknownAddress));
         assert_eq!(directory.mesh_addresses().count(), 4);
         assert!(directory.places(&to("10.1.0.2:1").unwrap().workload.id, "n1"));
+    }
+
+    #[test]
+    fn a_service_leads_to_the_endpoints_of_its_address_family_that_are_in_the_mesh() {
+        let text = "
+workloads:
+  - {name: both, node: n1, addresses: [10.1.0.1, 'fd00::1']}
+  - {name: four, node: n1, addresses: [10.1.0.2]}
+  - {name: out, node: n1, addresses: [10.1.0.3], mode: off}
+services:
+  - {name: s, addresses: [10.96.0.1, 'fd96::1'], ports: [{port: 80, targetPort: 81}], endpoints: [default/both, default/four, default/out]}
+  - {name: none, addresses: ['fd96::2'], ports: [{port: 80, targetPort: 81}], endpoints: [default/four, default/out]}
+";
+        let directory = parse(text).unwrap();
+        let to = |address: &str| match directory.resolve(address.parse().unwrap()) {
+            Ok(Resolved::Service(all)) => all.destinations().map(|d| d.address.to_string()).collect(),
+            other => vec![format!("{other:?}")],
+        };
+        assert_eq!(to("10.96.0.1:80"), ["10.1.0.1:81", "10.1.0.2:81"]);
+        assert_eq!(to("[::ffff:10.96.0.1]:80"), ["10.1.0.1:81", "10.1.0.2:81"]);
+        assert_eq!(to("[fd96::1]:80"), ["[fd00::1]:81"]);
+        assert_eq!(to("[fd96::2]:80"), ["Err(NoEndpoint)"]);
     }
 
     #[test]

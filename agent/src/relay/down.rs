@@ -88,7 +88,7 @@ impl Down {
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Reason>>> {
-        let body = match ready!(self.recv.poll_open(cx)) {
+        let body = match ready!(self.recv.poll_accepted(cx)) {
             Ok(body) => body,
             Err(reason) => return Poll::Ready(Some(Err(reason))),
         };

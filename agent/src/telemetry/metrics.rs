@@ -4,6 +4,8 @@
 //! on the hot path is an atomic addition, without hashing or a lock. Only certificates have an open
 //! label, and their number is capped.
 
+mod balance;
+
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ebpf::VERDICT_COUNT;
@@ -16,6 +18,7 @@ use prometheus::{
 use super::{Finished, Role};
 use crate::trust::Snapshot;
 use crate::verdict::{Direction, Encryption, Reason, Unresumed};
+use balance::Balance;
 
 /// Most certificates that have a series of their own.
 const MAX_CERTIFICATES: usize = 2_000;
@@ -60,6 +63,7 @@ pub struct Metrics {
     registry: Registry,
     connections: Connections,
     handshakes: Handshakes,
+    pub(super) balance: Balance,
     pool: IntGauge,
     /// `[role]`.
     cut: [IntCounter; 2],
@@ -122,6 +126,7 @@ impl Metrics {
             )?,
             connections: Connections::new(&registry)?,
             handshakes: Handshakes::new(&registry)?,
+            balance: Balance::new(&registry)?,
             pool: register(
                 &registry,
                 IntGauge::new("hauberk_pool_connections", "Pooled connections to peers.")?,
