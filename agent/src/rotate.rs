@@ -140,6 +140,8 @@ impl Rotator {
     /// With other roots or revocations, what was refused may be granted now.
     fn retry_failed(&self, now: SystemTime) {
         for standing in self.status.lock().values_mut().filter(|standing| standing.failures > 0) {
+            // Counted anew: one more refusal shall not put the next try off by minutes.
+            standing.failures = 0;
             standing.next = now;
         }
     }

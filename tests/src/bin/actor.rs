@@ -68,6 +68,8 @@ enum Act {
     Many { to: SocketAddr, count: u64, lanes: u64 },
     /// Connections all open at once, each with one exchange; held until standard input ends.
     Hold { to: SocketAddr, count: u64 },
+    /// One exchange, then stays until the connection ends, and prints how it did.
+    Stay { to: SocketAddr },
     /// Writes until the peer pushes back for a second; prints how much, holds until input ends.
     Push { to: SocketAddr },
     /// One-byte writes without delay, through an echo server.
@@ -108,6 +110,7 @@ async fn act(act: Act) -> Result<()> {
         Act::Abort { to } => say(abort(to).await?),
         Act::Many { to, count, lanes } => say(many(to, count, lanes).await),
         Act::Hold { to, count } => hold(to, count).await,
+        Act::Stay { to } => stay(to).await,
         Act::Push { to } => push(to).await,
         Act::Chatty { to, count } => say(chatty(to, count).await?),
         Act::Loop { to, seconds } => say(exchange_for(to, seconds).await),
@@ -510,6 +513,18 @@ async fn hold(to: SocketAddr, count: u64) -> Result<()> {
     say(json!({"outcomes": outcomes, "ok": outcomes.get("ok").copied().unwrap_or(0), "alive": alive}))?;
     input_ends().await;
     Ok(())
+}
+
+async fn stay(to: SocketAddr) -> Result<()> {
+    let mut tcp = TcpStream::connect(to).await?;
+    ping(&mut tcp, 1).await?;
+    println!("ready");
+    let ended = match tcp.read_u8().await {
+        Ok(_) => "data",
+        Err(e) if e.kind() == ErrorKind::UnexpectedEof => "end",
+        Err(e) => word(&e),
+    };
+    say(json!({"ended": ended}))
 }
 
 async fn push(to: SocketAddr) -> Result<()> {
