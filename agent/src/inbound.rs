@@ -141,6 +141,8 @@ async fn tunnel(shard: Shard, pod: Arc<Pod>, io: TlsStream<Transport>, proof: Pr
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
+            // First: a stream that waits beside a revocation is not taken.
+            biased;
             revoked = &mut revoked => {
                 shard.observe.cut(Role::Server, &revoked);
                 lease.cut();

@@ -191,10 +191,12 @@ impl Rotator {
                 let wait = standing.next.duration_since(now).unwrap_or_default();
                 // A clock that was set back must not put a renewal off by as much.
                 let is_due = wait.is_zero() || useless && (standing.failures == 0 || wait > LONGEST_BACKOFF);
-                match is_due {
-                    false => sleep = sleep.min(wait),
-                    _ if attested || *id == self.node => due.push((not_after, id.clone())),
-                    _ => sleep = sleep.min(FIRST_BACKOFF),
+                if !is_due {
+                    sleep = sleep.min(wait);
+                } else if attested || *id == self.node {
+                    due.push((not_after, id.clone()));
+                } else {
+                    sleep = sleep.min(FIRST_BACKOFF);
                 }
             }
         }

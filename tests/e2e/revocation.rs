@@ -246,6 +246,8 @@ fn the_commands_say_what_is_wrong() {
         revoke(&["--spiffe-id", "spiffe://elsewhere/x"]).contains("not in this authority's trust domain")
     );
     assert!(revoke(&["--spiffe-id", "client"]).contains("begins with spiffe://"));
+    let own = revoke(&["--spiffe-id", "spiffe://test.local/hauberk/authority"]);
+    assert!(own.contains("the authority itself"), "{own}");
     assert!(revoke(&["--node", "a/b"]).contains("not a node's name"));
     assert!(revoke(&["--serial", "xyz"]).contains("not a serial number"));
     assert!(revoke(&[]).contains("--spiffe-id"), "one of three is needed");

@@ -35,6 +35,10 @@ impl What {
             (Some(id), None, None) if id.trust_domain() != config.trust_domain.as_str() => {
                 bail!("{id} is not in this authority's trust domain {}", config.trust_domain)
             }
+            // Agents would refuse the one that could tell them otherwise.
+            (Some(id), None, None) if id == SpiffeId::authority(&config.trust_domain) => {
+                bail!("{id} is the authority itself: to be rid of its key, make a new root")
+            }
             (Some(id), None, None) => Ok(Subject::SpiffeId(id)),
             (None, Some(name), None) => Ok(Subject::Node(name)),
             (None, None, Some(serial)) => Ok(Subject::Serial(serial)),
