@@ -140,6 +140,8 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
+            // First: a stream that waits beside a revocation is not taken.
+            biased;
             revoked = &mut revoked => {
                 shard.observe.cut(Role::Server, &revoked);
                 tunnel.cut();

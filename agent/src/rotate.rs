@@ -140,6 +140,8 @@ impl Rotator {
     /// With other roots or revocations, what was refused may be granted now.
     fn retry_failed(&self, now: SystemTime) {
         for standing in self.status.lock().values_mut().filter(|standing| standing.failures > 0) {
+            // Counted anew: one more refusal shall not put the next try off by minutes.
+            standing.failures = 0;
             standing.next = now;
         }
     }
@@ -189,10 +191,12 @@ impl Rotator {
                 let wait = standing.next.duration_since(now).unwrap_or_default();
                 // A clock that was set back must not put a renewal off by as much.
                 let is_due = wait.is_zero() || useless && (standing.failures == 0 || wait > LONGEST_BACKOFF);
-                match is_due {
-                    false => sleep = sleep.min(wait),
-                    _ if attested || *id == self.node => due.push((not_after, id.clone())),
-                    _ => sleep = sleep.min(FIRST_BACKOFF),
+                if !is_due {
+                    sleep = sleep.min(wait);
+                } else if attested || *id == self.node {
+                    due.push((not_after, id.clone()));
+                } else {
+                    sleep = sleep.min(FIRST_BACKOFF);
                 }
             }
         }

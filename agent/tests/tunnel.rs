@@ -10,6 +10,7 @@ use hauberk::config::TunnelConfig;
 use hauberk::hbone::client::Ask;
 use hauberk::hbone::{Recv, Stream, server};
 use hauberk::identity::bundle::TrustBundle;
+use hauberk::identity::revocation::{Revocations, Serial, Subject};
 use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::pool::dial::Dialer;
@@ -250,4 +251,110 @@ async fn a_stalled_reader_holds_a_window_and_hurts_no_other_stream() {
     let mut got = vec![0; chunk.len()];
     let read = tokio::time::timeout(Duration::from_secs(2), served.read_exact(&mut got)).await;
     read.expect("another stream is not held up").unwrap();
+}
+
+/// A list that revokes this.
+fn revoking(subject: Subject) -> Revocations {
+    let mut list = Revocations::default();
+    list.revoke(subject, std::time::SystemTime::now()).unwrap();
+    list
+}
+
+/// How a handshake ends for the client and for the server.
+async fn shake(
+    client: Arc<rustls::ClientConfig>,
+    server: Arc<rustls::ServerConfig>,
+) -> (Result<(), Reason>, Result<(), Reason>) {
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let name = rustls::pki_types::ServerName::try_from("unused").unwrap();
+    let reason = |error: std::io::Error| tls::reason(&error);
+    let accepting = async {
+        let mut tls = TlsAcceptor::from(server).accept(far).await.map_err(reason)?;
+        // The client has gone through with it when this comes.
+        tls.read_u8().await.map_err(reason)?;
+        tls.shutdown().await.map_err(reason)
+    };
+    let connecting = async {
+        let connector = tokio_rustls::TlsConnector::from(client);
+        let mut tls = connector.connect(name, near).await.map_err(reason)?;
+        tls.write_all(b"x").await.map_err(reason)?;
+        // TLS 1.3 tells a client that it was refused only when it reads.
+        match tls.read(&mut [0]).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(reason(error)),
+        }
+    };
+    let (connected, accepted) = tokio::join!(connecting, accepting);
+    (connected, accepted)
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_refused_from_either_side_and_both_are_told_why() {
+    let root = root();
+    let (client, server) = (svid(&root, &id("client")), svid(&root, &id("server")));
+    let with = |subject: Option<Subject>| {
+        let list = subject.map(revoking).unwrap_or_default();
+        root.bundle.clone().with_revocations(Arc::new(list))
+    };
+    let handshake = |at_client: Option<Subject>, at_server: Option<Subject>| {
+        let client = tls::client::config(&client, &with(at_client), id("server")).unwrap();
+        let server = tls::server::config(&server, &with(at_server)).unwrap();
+        shake(client, server)
+    };
+    let serial = |svid: &X509Svid| Some(Subject::Serial(Serial::parse(&svid.leaf().serial).unwrap()));
+    let by_id = |name: &str| Some(Subject::SpiffeId(id(name)));
+
+    assert_eq!(handshake(None, None).await, (Ok(()), Ok(())), "nobody is revoked");
+    let other = svid(&root, &id("client"));
+    assert_ne!(other.leaf().serial, client.leaf().serial);
+    let others = (by_id("server"), serial(&other));
+    assert_eq!(
+        handshake(others.1, others.0).await,
+        (Ok(()), Ok(())),
+        "others' revocations concern nobody here"
+    );
+    for at_server in [by_id("client"), serial(&client)] {
+        let said = format!("{at_server:?}");
+        let ends = handshake(None, at_server).await;
+        assert_eq!(ends, (Err(Reason::Revoked), Err(Reason::Revoked)), "the client: {said}");
+    }
+    for at_client in [by_id("server"), serial(&server)] {
+        let said = format!("{at_client:?}");
+        let ends = handshake(at_client, None).await;
+        assert_eq!(ends, (Err(Reason::Revoked), Err(Reason::Revoked)), "the server: {said}");
+    }
+}
+
+#[tokio::test]
+async fn a_revocation_resets_live_streams_and_lets_no_new_one_in() {
+    let root = root();
+    let (address, connections) = peer(&root, "server", 1 << 20).await;
+    for revoked in ["server", "client"] {
+        let near = near(&root, address, "server", echo_app().await).await;
+        let mut live = TcpStream::connect(near.listen).await.unwrap();
+        live.write_all(b"x").await.unwrap();
+        assert_eq!(live.read_u8().await.unwrap(), b'x');
+        let before = connections.load(Ordering::Relaxed);
+
+        // Somebody else's revocation neither cuts the tunnel nor has it dialled anew.
+        near.trust.set_revocations(revoking(Subject::SpiffeId(id("somebody"))));
+        let mut second = TcpStream::connect(near.listen).await.unwrap();
+        for tcp in [&mut live, &mut second] {
+            tcp.write_all(b"y").await.unwrap();
+            assert_eq!(tcp.read_u8().await.unwrap(), b'y', "{revoked}");
+        }
+        assert_eq!(connections.load(Ordering::Relaxed), before, "the tunnel is still the same");
+
+        let mut list = Revocations::clone(near.trust.snapshot().bundle.revocations());
+        list.revoke(Subject::SpiffeId(id(revoked)), std::time::SystemTime::now()).unwrap();
+        near.trust.set_revocations(list);
+        for tcp in [&mut live, &mut second] {
+            let ended = tokio::time::timeout(Duration::from_secs(1), tcp.read_u8()).await;
+            let error = ended.expect("within a second").unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{revoked}");
+        }
+        let mut late = TcpStream::connect(near.listen).await.unwrap();
+        let error = late.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{revoked} stays out");
+    }
 }

@@ -218,6 +218,14 @@ impl Agent {
         Ok(began.elapsed())
     }
 
+    /// Starts it again on the same configuration; does not wait for it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.spawn()
+    }
+
     /// Starts it again on the same configuration.
     ///
     /// # Errors

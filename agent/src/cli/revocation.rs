@@ -1,7 +1,7 @@
 //! `hauberk authority revoke`, `unrevoke` and `revocations`: they change and read the authority's state
 //! on disk, whether it runs or not. A running one notices at once.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -35,6 +35,10 @@ impl What {
             (Some(id), None, None) if id.trust_domain() != config.trust_domain.as_str() => {
                 bail!("{id} is not in this authority's trust domain {}", config.trust_domain)
             }
+            // Agents would refuse the one that could tell them otherwise.
+            (Some(id), None, None) if id == SpiffeId::authority(&config.trust_domain) => {
+                bail!("{id} is the authority itself: to be rid of its key, make a new root")
+            }
             (Some(id), None, None) => Ok(Subject::SpiffeId(id)),
             (None, Some(name), None) => Ok(Subject::Node(name)),
             (None, None, Some(serial)) => Ok(Subject::Serial(serial)),
@@ -58,6 +62,9 @@ pub(super) fn unrevoke(config: &AuthorityConfig, what: What) -> Result<()> {
     if !store.change_revocations(|list| Ok(list.lift(&subject, SystemTime::now(), BACKDATED)))? {
         bail!("{subject} is not revoked; `hauberk authority revocations` lists what is");
     }
+    // Certificates count in whole seconds: what is asked for in this one is still refused, and a new join
+    // token would be used up by that.
+    std::thread::sleep(Duration::from_secs(1));
     println!(
         "{}",
         match subject {

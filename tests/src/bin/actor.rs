@@ -74,6 +74,8 @@ enum Act {
         #[arg(long, default_value_t = 0)]
         bytes: u64,
     },
+    /// One exchange, then stays until the connection ends, and prints how it did.
+    Stay { to: SocketAddr },
     /// Writes until the peer pushes back for a second; prints how much, holds until input ends.
     Push {
         to: SocketAddr,
@@ -133,6 +135,7 @@ async fn act(act: Act) -> Result<()> {
         Act::Hold { to, count, bytes } => hold(to, count, bytes).await,
         Act::Push { to, count } => push(to, count).await,
         Act::Times { to, count, warm } => say(times(&to, count, warm).await?),
+        Act::Stay { to } => stay(to).await,
         Act::Chatty { to, count } => say(chatty(to, count).await?),
         Act::Loop { to, seconds } => say(exchange_for(to, seconds).await),
         Act::UdpAsk { to } => say(udp_ask(to).await?),
@@ -537,6 +540,18 @@ async fn hold(to: SocketAddr, count: u64, bytes: u64) -> Result<()> {
     say(json!({"outcomes": outcomes, "ok": outcomes.get("ok").copied().unwrap_or(0), "alive": alive}))?;
     input_ends().await;
     Ok(())
+}
+
+async fn stay(to: SocketAddr) -> Result<()> {
+    let mut tcp = TcpStream::connect(to).await?;
+    ping(&mut tcp, 1).await?;
+    println!("ready");
+    let ended = match tcp.read_u8().await {
+        Ok(_) => "data",
+        Err(e) if e.kind() == ErrorKind::UnexpectedEof => "end",
+        Err(e) => word(&e),
+    };
+    say(json!({"ended": ended}))
 }
 
 /// Moves bytes through every connection and back, on some at a time; an echo server answers.
