@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::shell::root;
 
 /// A module, and the modules it may name. `run` puts everything together and may name all.
-const LAYERS: [(&str, &[&str]); 26] = [
+const LAYERS: [(&str, &[&str]); 27] = [
     ("verdict", &[]),
     ("identity", &[]),
     ("config", &["identity"]),
@@ -49,7 +49,8 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("telemetry", &["identity", "trust", "verdict"]),
     ("admin", &["capture", "directory", "enrol", "rotate", "telemetry", "trust"]),
     ("check", &["capture", "config", "directory", "identity", "tls"]),
-    ("cli", &["authority", "ca", "capture", "check", "config", "run", "telemetry"]),
+    ("capacity", &["ca", "hbone", "identity", "issue", "tls"]),
+    ("cli", &["authority", "ca", "capacity", "capture", "check", "config", "run", "telemetry"]),
     ("lib", &[]),
 ];
 
