@@ -7,6 +7,7 @@
 //! in it: that is the same however connections are made, and `cargo xtask bench` measures it.
 
 pub mod calibrate;
+pub mod calibration;
 pub mod flow;
 pub mod memory;
 pub mod model;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use calibrate::Calibration;
+use calibration::Calibration;
 use model::Prediction;
 use scenario::{Ratios, Scenario};
 

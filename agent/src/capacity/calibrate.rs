@@ -17,14 +17,13 @@ use rustls::{
     ClientConfig, ClientConnection, ConnectionCommon, HandshakeKind, ServerConfig, ServerConnection,
     SideData, SignatureScheme,
 };
-use serde::{Deserialize, Serialize};
 
+use super::calibration::{Calibration, Cpu, Handshake};
 use super::{CapacityError, memory};
 use crate::ca::{self, Ca, ProvenKey};
 use crate::identity::svid::X509Svid;
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::issue::Keypair;
-use crate::tls::provider::aes_in_hardware;
 use crate::tls::verify::PeerVerifier;
 use crate::tls::{client, server};
 
@@ -36,117 +35,6 @@ const BATCH: usize = 8;
 const FEWEST_BATCHES: usize = 7;
 /// What is measured in turn; the calibration's time is shared between them.
 const STAGES: u32 = 5;
-
-/// What a handshake costs.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Handshake {
-    /// CPU time of the dialling side.
-    pub client_cpu_seconds: f64,
-    /// CPU time of the accepting side.
-    pub server_cpu_seconds: f64,
-    /// TLS bytes of both sides, tickets included, TCP and IP headers not.
-    pub wire_bytes: f64,
-}
-
-impl Handshake {
-    /// CPU time of both sides.
-    pub fn cpu_seconds(&self) -> f64 {
-        self.client_cpu_seconds + self.server_cpu_seconds
-    }
-}
-
-/// What the CPU offers to AES.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Cpu {
-    /// As the kernel calls it.
-    pub model: String,
-    /// Cores, hyper-threads counted.
-    pub cores: u64,
-    /// AES instructions, without which TLS costs several times as much.
-    pub aes: bool,
-    /// AVX2, or on aarch64 its equal.
-    pub avx: bool,
-    /// AES on wide vectors.
-    pub vaes: bool,
-}
-
-/// What one machine does, measured. Seconds are CPU time on one core.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Calibration {
-    /// The machine.
-    pub cpu: Cpu,
-    /// A full mutual handshake with P-256 SVIDs.
-    pub full: Handshake,
-    /// A resumed one (RFC 8446, section 2.2) that takes and gives a ticket.
-    pub resumed: Handshake,
-    /// Payload that a core seals into TLS records in a second.
-    pub seal_bytes_per_second: f64,
-    /// Payload that a core opens from TLS records in a second.
-    pub open_bytes_per_second: f64,
-    /// Proving an identity: one signature.
-    pub prove_cpu_seconds: f64,
-    /// Verifying such a proof: the chain and the signature.
-    pub verify_cpu_seconds: f64,
-    /// Asking for an SVID: a new key, a signed request.
-    pub request_cpu_seconds: f64,
-    /// Issuing it: the request's signature, a new certificate.
-    pub issue_cpu_seconds: f64,
-    /// An SVID's chain, DER.
-    pub certificate_bytes: f64,
-    /// Its private key, PKCS#8 DER.
-    pub key_bytes: f64,
-    /// What a full handshake with a ticket has more on the wire than one without.
-    pub ticket_bytes: f64,
-    /// An agent's memory for its end of an idle pooled connection.
-    pub tunnel_bytes: f64,
-    /// An agent's memory for its end of an idle stream.
-    pub stream_bytes: f64,
-}
-
-impl Calibration {
-    /// The threads that an agent starts on this machine.
-    pub fn threads(&self) -> u64 {
-        self.cpu.cores.clamp(1, 8)
-    }
-
-    /// CPU time to seal a byte at one end and open it at the other.
-    pub fn byte_cpu_seconds(&self) -> f64 {
-        self.seal_bytes_per_second.recip() + self.open_bytes_per_second.recip()
-    }
-
-    /// Refuses what no machine does.
-    ///
-    /// # Errors
-    /// When a figure is not a positive number.
-    pub fn validate(&self) -> Result<(), CapacityError> {
-        let figures = [
-            ("full.client_cpu_seconds", self.full.client_cpu_seconds),
-            ("full.server_cpu_seconds", self.full.server_cpu_seconds),
-            ("full.wire_bytes", self.full.wire_bytes),
-            ("resumed.client_cpu_seconds", self.resumed.client_cpu_seconds),
-            ("resumed.server_cpu_seconds", self.resumed.server_cpu_seconds),
-            ("resumed.wire_bytes", self.resumed.wire_bytes),
-            ("seal_bytes_per_second", self.seal_bytes_per_second),
-            ("open_bytes_per_second", self.open_bytes_per_second),
-            ("prove_cpu_seconds", self.prove_cpu_seconds),
-            ("verify_cpu_seconds", self.verify_cpu_seconds),
-            ("request_cpu_seconds", self.request_cpu_seconds),
-            ("issue_cpu_seconds", self.issue_cpu_seconds),
-            ("certificate_bytes", self.certificate_bytes),
-            ("key_bytes", self.key_bytes),
-            ("ticket_bytes", self.ticket_bytes),
-            ("tunnel_bytes", self.tunnel_bytes),
-            ("stream_bytes", self.stream_bytes),
-        ];
-        for (field, value) in figures {
-            if !(1e-15..=1e15).contains(&value) {
-                let message = "a calibration holds positive numbers; calibrate again";
-                return Err(CapacityError::Invalid { field, value: value.to_string(), message });
-            }
-        }
-        Ok(())
-    }
-}
 
 /// Measures for about `budget`; `progress` is told what begins.
 ///
@@ -171,7 +59,7 @@ pub fn calibrate(budget: Duration, progress: &mut dyn FnMut(&str)) -> Result<Cal
     progress("certificates");
     let (request_cpu_seconds, issue_cpu_seconds) = ends.issuance(share)?;
     let calibration = Calibration {
-        cpu: cpu(),
+        cpu: Cpu::here(),
         full,
         resumed,
         seal_bytes_per_second: RECORD_BYTES as f64 / seal,
@@ -416,19 +304,6 @@ pub fn thread_cpu() -> Result<Duration, CapacityError> {
 
 pub(super) fn failed(error: impl std::fmt::Display) -> CapacityError {
     CapacityError::Calibrate(error.to_string())
-}
-
-fn cpu() -> Cpu {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let model = model.map_or("unknown", |(_, name)| name.trim()).to_owned();
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    #[cfg(target_arch = "x86_64")]
-    let (avx, vaes) =
-        (std::arch::is_x86_feature_detected!("avx2"), std::arch::is_x86_feature_detected!("vaes"));
-    #[cfg(not(target_arch = "x86_64"))]
-    let (avx, vaes) = (false, false);
-    Cpu { model, cores, aes: aes_in_hardware(), avx, vaes }
 }
 
 #[cfg(test)]

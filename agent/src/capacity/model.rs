@@ -4,7 +4,8 @@
 
 use serde::{Serialize, Serializer};
 
-use super::calibrate::{Calibration, RECORD_BYTES};
+use super::calibrate::RECORD_BYTES;
+use super::calibration::Calibration;
 use super::flow::{Flow, Load, Way};
 use super::scenario::Scenario;
 use crate::hbone::FRAME_BYTES;
@@ -208,7 +209,7 @@ fn overhead_formula(way: Way) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capacity::calibrate::{Cpu, Handshake};
+    use crate::capacity::calibration::{Cpu, Handshake};
     use crate::capacity::scenario::Ratios;
 
     /// Round numbers, so that a prediction can be checked by hand.

@@ -1,5 +1,6 @@
 //! A report for people: rows and footnotes; aligning them is the command line's.
 
+use super::calibration::Cpu;
 use super::flow::Way;
 use super::model::{Figure, Prediction, SYMBOLS};
 use super::scenario::Scenario;
@@ -34,12 +35,13 @@ pub fn machine(report: &Report) -> String {
     let c = &report.calibration;
     let micros = |seconds: f64| amount(seconds * 1e6);
     let mut text = format!(
-        "{}, {} cores; a core does:\n  full handshake {} us client + {} us server, {} on the wire\n  \
+        "{}, {} cores, {}; a core does:\n  full handshake {} us client + {} us server, {} on the wire\n  \
          resumed {} us + {} us, {}\n  records {}/s sealed, {}/s opened\n  \
          identity proof {} us to make, {} us to verify; SVID {} us to ask for, {} us to issue\n  \
          memory {} for an end of a connection, {} for an end of a stream\n",
         c.cpu.model,
         c.cpu.cores,
+        features(&c.cpu),
         micros(c.full.client_cpu_seconds),
         micros(c.full.server_cpu_seconds),
         bytes(c.full.wire_bytes),
@@ -61,6 +63,12 @@ pub fn machine(report: &Report) -> String {
         );
     }
     text
+}
+
+fn features(cpu: &Cpu) -> String {
+    let with = [("AES", cpu.aes), ("AVX2", cpu.avx), ("VAES", cpu.vaes)]
+        .map(|(name, has)| if has { format!("with {name}") } else { format!("without {name}") });
+    with.join(", ")
 }
 
 /// The clusters, in the report's order.

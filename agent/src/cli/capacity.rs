@@ -7,7 +7,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use super::{Output, table};
-use crate::capacity::calibrate::{Calibration, calibrate};
+use crate::capacity::calibrate::calibrate;
+use crate::capacity::calibration::Calibration;
 use crate::capacity::scenario::Ratios;
 use crate::capacity::table::{HEADS, blocks, footnotes, machine};
 use crate::capacity::{self, SIZES};
