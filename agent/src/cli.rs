@@ -3,6 +3,7 @@
 mod agent;
 mod ask;
 mod authority;
+mod capacity;
 mod check;
 mod revocation;
 
@@ -38,6 +39,8 @@ enum Command {
     Uninstall(agent::Uninstall),
     /// Check whether this machine and this configuration can run an agent.
     Check(check::Check),
+    /// Predict what mutual TLS takes in a cluster of a given size, from a measurement of this machine.
+    Capacity(capacity::Capacity),
     /// Ask the running agent how it stands.
     Status(ask::Ask),
     /// List workloads as the running agent knows them.
@@ -65,6 +68,7 @@ pub fn run() -> ExitCode {
             Command::Authority(authority) => authority.run(),
             Command::Uninstall(uninstall) => uninstall.run(),
             Command::Check(check) => return check.run(),
+            Command::Capacity(capacity) => capacity.run(),
             Command::Status(ask) => ask.run("/v1/status"),
             Command::Workloads(ask) => ask.run("/v1/workloads"),
             Command::Certs(ask) => ask.run("/v1/certs"),

@@ -13,8 +13,8 @@
 //! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], and [`trust`], which is
-//! what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`cli`].
-//! [`run`] alone knows all of them.
+//! what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`capacity`],
+//! [`cli`]. [`run`] alone knows all of them.
 
 // The exceptions are at the kernel boundary, and each says why.
 #![deny(unsafe_code)]
@@ -46,6 +46,7 @@ pub mod shard;
 pub mod tls;
 
 pub mod admin;
+pub mod capacity;
 pub mod check;
 pub mod cli;
 pub mod run;

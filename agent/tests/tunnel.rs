@@ -24,6 +24,7 @@ use hauberk::verdict::Reason;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 struct Root {
     issuer: Issuer<'static, KeyPair>,

@@ -53,6 +53,7 @@ const LAYERS: [(&str, &[&str]); 27] = [
     ("admin", &["capture", "directory", "enrol", "rotate", "telemetry", "trust"]),
     ("check", &["capture", "config", "directory", "identity", "tls"]),
     ("cli", &["authority", "ca", "capture", "check", "config", "identity", "run", "telemetry"]),
+    ("capacity", &["ca", "hbone", "identity", "issue", "tls"]),
     ("lib", &[]),
 ];
 
