@@ -4,6 +4,7 @@ mod agent;
 mod ask;
 mod authority;
 mod check;
+mod policy;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ enum Command {
     Workloads(ask::Ask),
     /// List the running agent's certificates.
     Certs(ask::Ask),
+    /// List the running agent's access policies and what they came to, or check files of them.
+    Policy(policy::Policy),
 }
 
 /// How a command prints.
@@ -67,6 +70,7 @@ pub fn run() -> ExitCode {
             Command::Status(ask) => ask.run("/v1/status"),
             Command::Workloads(ask) => ask.run("/v1/workloads"),
             Command::Certs(ask) => ask.run("/v1/certs"),
+            Command::Policy(policy) => policy.run(),
         }
         .map(|()| ExitCode::SUCCESS)
     });

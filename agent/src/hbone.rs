@@ -64,7 +64,11 @@ pub enum Recv {
 pub fn status(reason: Reason) -> StatusCode {
     match reason {
         Reason::BadRequest => StatusCode::BAD_REQUEST,
-        Reason::NotLocal | Reason::AgentPort | Reason::Loop | Reason::WrongIdentity => StatusCode::FORBIDDEN,
+        Reason::NotLocal
+        | Reason::AgentPort
+        | Reason::Loop
+        | Reason::WrongIdentity
+        | Reason::DeniedByPolicy => StatusCode::FORBIDDEN,
         Reason::ConnectTimeout => StatusCode::GATEWAY_TIMEOUT,
         Reason::Refused | Reason::Unreachable => StatusCode::BAD_GATEWAY,
         _ => StatusCode::SERVICE_UNAVAILABLE,
@@ -84,13 +88,31 @@ pub fn refusal(response: &http::Response<RecvStream>) -> Reason {
     }
 }
 
+/// The HTTP/2 error code of a stream that an access policy ended. Not one of RFC 9113's, so any other
+/// peer takes it for an internal error (section 7), which ends the stream as well.
+const DENIED_BY_POLICY: u32 = 0x6862_6b01;
+
+/// What a stream is reset with.
+pub fn reset_code(reason: Reason) -> h2::Reason {
+    match reason {
+        Reason::DeniedByPolicy => DENIED_BY_POLICY.into(),
+        _ => h2::Reason::CANCEL,
+    }
+}
+
+/// What a peer means by a stream's reset.
+pub fn reset_reason(code: h2::Reason) -> Reason {
+    match code {
+        h2::Reason::REFUSED_STREAM => Reason::Overload,
+        _ if u32::from(code) == DENIED_BY_POLICY => Reason::DeniedByPolicy,
+        _ => Reason::PeerReset,
+    }
+}
+
 /// Why an HTTP/2 connection or stream ended, from h2's error.
 pub fn reason(error: &h2::Error) -> Reason {
     if error.is_reset() && error.is_remote() {
-        return match error.reason() {
-            Some(h2::Reason::REFUSED_STREAM) => Reason::Overload,
-            _ => Reason::PeerReset,
-        };
+        return error.reason().map_or(Reason::PeerReset, reset_reason);
     }
     if error.is_io() || error.is_go_away() && error.is_remote() {
         return Reason::TunnelLost;

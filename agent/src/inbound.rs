@@ -19,6 +19,7 @@ use crate::hbone::{self, Recv, Stream, TLS_BUFFER_BYTES, Transport};
 use crate::identity::SpiffeId;
 use crate::identity::svid::Leaf;
 use crate::pod::Pod;
+use crate::policy::{Admitted, Attempt, Denial};
 use crate::pool::dial;
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
@@ -167,6 +168,32 @@ async fn stream(
         }
     };
     let client = client(&shard, &peer, asked);
+    let tell = |relayed: Relayed, detail: &str, denial: Option<&Denial>, was_open| {
+        let record = Finished {
+            direction: Direction::Inbound,
+            encryption: Encryption::Mtls,
+            reason: relayed.reason,
+            detail,
+            policy: denial.map(|denial| &*denial.policy),
+            source_id: Some(&peer.id),
+            source: Some(client),
+            destination_id: Some(&pod.workload.id),
+            destination: Some(asked.authority),
+            sent_bytes: relayed.to_app,
+            received_bytes: relayed.from_app,
+            duration: began.elapsed(),
+        };
+        shard.observe.finished(&record, was_open);
+    };
+    let admitted = match shard.policies.judge(attempt(&peer, client, &pod, asked)) {
+        Ok(admitted) => admitted,
+        Err(denial) => {
+            server::refuse(respond, request.into_body(), Reason::DeniedByPolicy);
+            let nothing = Relayed { from_app: 0, to_app: 0, reason: Reason::DeniedByPolicy };
+            return tell(nothing, &denial.to_string(), Some(&denial), false);
+        }
+    };
+    let mut denial = None;
     shard.observe.opened(Direction::Inbound);
     let connecting = async {
         tokio::select! {
@@ -189,30 +216,38 @@ async fn stream(
             let relayed = match server::accept(respond) {
                 Ok(send) => {
                     let stream = Stream { send, recv: Recv::Open(request.into_body()), lease: None };
-                    relay::relay(&delivered.app, stream, shard.stop(&pod.gone)).await
+                    relay::relay(&delivered.app, stream, stop(&shard, &pod, admitted, &mut denial)).await
                 }
                 Err(error) => {
                     relay::reset(&delivered.app);
                     Relayed { from_app: 0, to_app: 0, reason: hbone::reason(&error) }
                 }
             };
-            (relayed, String::new())
+            (relayed, denial.as_ref().map(Denial::to_string).unwrap_or_default())
         }
     };
-    let record = Finished {
-        direction: Direction::Inbound,
-        encryption: Encryption::Mtls,
-        reason: relayed.reason,
-        detail: &detail,
-        source_id: Some(&peer.id),
-        source: Some(client),
-        destination_id: Some(&pod.workload.id),
-        destination: Some(asked.authority),
-        sent_bytes: relayed.to_app,
-        received_bytes: relayed.from_app,
-        duration: began.elapsed(),
-    };
-    shard.observe.finished(&record, true);
+    tell(relayed, &detail, denial.as_ref(), true);
+}
+
+/// What the policies are asked.
+fn attempt(peer: &Peer, client: SocketAddr, pod: &Pod, asked: Asked) -> Attempt {
+    Attempt {
+        peer: peer.id.clone(),
+        source: client.ip(),
+        workload: Arc::clone(&pod.workload),
+        port: asked.authority.port(),
+    }
+}
+
+/// Resolves when an open stream has to end; by a change of the policies, it says which.
+async fn stop(shard: &Shard, pod: &Pod, admitted: Admitted, denial: &mut Option<Denial>) -> Reason {
+    tokio::select! {
+        reason = shard.stop(&pod.gone) => reason,
+        revoked = admitted.revoked() => {
+            *denial = Some(revoked);
+            Reason::DeniedByPolicy
+        }
+    }
 }
 
 /// May this be asked of this pod? The tunnel's server identity is the pod's, so only the pod's own
@@ -263,6 +298,7 @@ fn refused(
         encryption: if source_id.is_some() { Encryption::Mtls } else { Encryption::None },
         reason,
         detail,
+        policy: None,
         source_id,
         source: Some(source),
         destination_id: Some(&pod.workload.id),

@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::hbone::client::Ask;
 use crate::pod::Pod;
+use crate::policy::Attempt;
 use crate::pool::{Failure, Key};
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
@@ -40,7 +41,7 @@ async fn connection(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketA
     shard.observe.opened(Direction::Outbound);
     relay::tune(&app);
     let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-    let mut way = Way { destination: None, encryption: Encryption::None, key: None };
+    let mut way = Way { destination: None, encryption: Encryption::None, key: None, policy: None };
     let outcome = carry(&shard, &pod, &app, source, listener_port, &mut way).await;
     let (relayed, detail) = match outcome {
         Ok(relayed) => (relayed, "".into()),
@@ -56,6 +57,7 @@ async fn connection(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketA
         encryption: way.encryption,
         reason: relayed.reason,
         detail: &detail,
+        policy: way.policy.as_deref(),
         source_id: Some(&pod.workload.id),
         source: Some(source),
         destination_id: way.key.as_ref().map(|key| &key.destination),
@@ -72,6 +74,7 @@ struct Way {
     destination: Option<SocketAddr>,
     encryption: Encryption,
     key: Option<Key>,
+    policy: Option<Arc<str>>,
 }
 
 async fn carry(
@@ -101,6 +104,17 @@ async fn carry(
         address: SocketAddr::new(destination.address.ip(), shard.tunnel.port),
     };
     let key = way.key.insert(key);
+    let attempt = Attempt {
+        peer: pod.workload.id.clone(),
+        source: source.ip(),
+        workload: destination.workload,
+        port: destination.address.port(),
+    };
+    shard.policies.deny_early(&attempt).map_err(|denial| {
+        let detail = denial.to_string().into();
+        way.policy = Some(denial.policy);
+        Failure { reason: Reason::DeniedByPolicy, detail }
+    })?;
     let ask = Ask { authority: destination.address, source };
     let stream = tokio::select! {
         opened = shard.pool.open(key, ask) => opened?,

@@ -48,7 +48,7 @@ pub async fn relay(app: &TcpStream, stream: Stream, stop: impl Future<Output = R
     })
     .await;
     if reason != Reason::Done {
-        up.reset();
+        up.reset(reason);
         reset(app);
     }
     Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }

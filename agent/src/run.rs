@@ -26,6 +26,7 @@ use crate::identity::bundle::TrustBundle;
 use crate::issue::Issuer;
 use crate::issue::authority::AuthorityIssuer;
 use crate::issue::keep::Keep;
+use crate::policy::Policies;
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
 use crate::telemetry::access_log::KernelLog;
@@ -64,6 +65,15 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
     let directory = Live::new(file::load(&config.directory.file, domain)?);
+    let policies = match &config.policy {
+        Some(policy) => {
+            let policies = Policies::load(&policy.file, domain.clone())?;
+            let count = policies.loaded().policies().count();
+            tracing::info!(file = %policy.file.display(), policies = count, "access policies read");
+            policies
+        }
+        None => Policies::none(domain.clone()),
+    };
     let admin_listener = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
@@ -72,7 +82,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     capture.beat();
 
     let metrics = Arc::new(Metrics::new()?);
-    let shared = shared(&config, &trust, &directory, &capture, &metrics);
+    let shared = shared(&config, &trust, &directory, &policies, &capture, &metrics);
     let threads = start_threads(&config, &shared)?;
     let enroller = Enroller::new(Arc::clone(&config), Arc::clone(&capture), threads);
     let issuer: Arc<dyn Issuer> = Arc::new(AuthorityIssuer::new(
@@ -90,6 +100,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
         metrics,
         trust: Arc::clone(&trust),
         directory: Arc::clone(&directory),
+        policies: Arc::clone(&policies),
         capture: Arc::clone(&capture),
         enrolled: enroller.status(),
         rotation: rotator.status(),
@@ -98,6 +109,9 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     serve_admin(&config, admin_listener, &state)?;
 
     tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
+    if let Some(policy) = &config.policy {
+        tokio::spawn(policies.watch(policy.file.clone()));
+    }
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
     tokio::spawn(beat(Arc::clone(&capture)));
@@ -144,12 +158,14 @@ fn shared(
     config: &AgentConfig,
     trust: &Arc<Trust>,
     directory: &Arc<Live>,
+    policies: &Arc<Policies>,
     capture: &Arc<Capture>,
     metrics: &Arc<Metrics>,
 ) -> Shared {
     Shared {
         trust: Arc::clone(trust),
         directory: Arc::clone(directory),
+        policies: Arc::clone(policies),
         capture: Arc::clone(capture),
         observe: Observe::new(Arc::clone(metrics)),
         tunnel: Arc::new(config.tunnel.clone()),

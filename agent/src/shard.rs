@@ -21,6 +21,7 @@ use crate::capture::{Capture, Listeners};
 use crate::config::TunnelConfig;
 use crate::directory;
 use crate::pod::Pod;
+use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::pool::dial::Dialer;
 use crate::telemetry::Observe;
@@ -35,6 +36,8 @@ pub struct Shared {
     pub trust: Arc<Trust>,
     /// Who is where.
     pub directory: Arc<directory::Live>,
+    /// Who may reach whom.
+    pub policies: Arc<Policies>,
     /// The kernel side.
     pub capture: Arc<Capture>,
     /// Where outcomes are reported.

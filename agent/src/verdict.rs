@@ -98,6 +98,8 @@ labels! {
         AgentPort = "agent_port",
         /// A connection that would lead back into this agent.
         Loop = "loop",
+        /// An access policy denies it, or none allows it.
+        DeniedByPolicy = "denied_by_policy",
         /// Anything inside this agent that should not fail.
         Internal = "internal",
     }
@@ -134,7 +136,8 @@ impl Reason {
             | Self::BadRequest
             | Self::NotLocal
             | Self::AgentPort
-            | Self::Loop => Verdict::Denied,
+            | Self::Loop
+            | Self::DeniedByPolicy => Verdict::Denied,
             _ => Verdict::Failed,
         }
     }

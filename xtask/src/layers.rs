@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::shell::root;
 
 /// A module, and the modules it may name. `run` puts everything together and may name all.
-const LAYERS: [(&str, &[&str]); 26] = [
+const LAYERS: [(&str, &[&str]); 27] = [
     ("verdict", &[]),
     ("identity", &[]),
     ("config", &["identity"]),
@@ -27,9 +27,13 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("relay", &["hbone", "verdict"]),
     ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
     ("deliver", &["capture", "netns"]),
+    ("policy", &["config", "directory", "identity"]),
     ("pod", &["deliver", "directory", "tls", "trust", "verdict"]),
-    ("outbound", &["directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
-    ("inbound", &["hbone", "identity", "pod", "pool", "relay", "shard", "telemetry", "tls", "verdict"]),
+    ("outbound", &["directory", "hbone", "pod", "policy", "pool", "relay", "shard", "telemetry", "verdict"]),
+    (
+        "inbound",
+        &["hbone", "identity", "pod", "policy", "pool", "relay", "shard", "telemetry", "tls", "verdict"],
+    ),
     (
         "shard",
         &[
@@ -39,6 +43,7 @@ const LAYERS: [(&str, &[&str]); 26] = [
             "inbound",
             "outbound",
             "pod",
+            "policy",
             "pool",
             "telemetry",
             "trust",
@@ -47,9 +52,9 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ),
     ("enrol", &["capture", "config", "deliver", "directory", "netns", "pod", "shard"]),
     ("telemetry", &["identity", "trust", "verdict"]),
-    ("admin", &["capture", "directory", "enrol", "rotate", "telemetry", "trust"]),
-    ("check", &["capture", "config", "directory", "identity", "tls"]),
-    ("cli", &["authority", "ca", "capture", "check", "config", "run", "telemetry"]),
+    ("admin", &["capture", "directory", "enrol", "policy", "rotate", "telemetry", "trust"]),
+    ("check", &["capture", "config", "directory", "identity", "policy", "tls"]),
+    ("cli", &["authority", "ca", "capture", "check", "config", "policy", "run", "telemetry"]),
     ("lib", &[]),
 ];
 

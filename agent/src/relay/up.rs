@@ -39,8 +39,8 @@ impl Up {
     }
 
     /// Tells the peer that this did not end well.
-    pub(super) fn reset(&mut self) {
-        self.send.send_reset(h2::Reason::CANCEL);
+    pub(super) fn reset(&mut self, reason: Reason) {
+        self.send.send_reset(crate::hbone::reset_code(reason));
     }
 
     /// Moves what can be moved; ready once the application's end was passed on.
@@ -95,7 +95,7 @@ impl Up {
 /// Why the stream was closed under us.
 fn closed(outcome: Result<h2::Reason, h2::Error>) -> Reason {
     match outcome {
-        Ok(_) => Reason::PeerReset,
+        Ok(code) => crate::hbone::reset_reason(code),
         Err(e) => crate::hbone::reason(&e),
     }
 }
