@@ -204,6 +204,14 @@ proptest! {
 }
 
 #[test]
+fn the_readmes_example_is_a_good_policy() {
+    let readme = include_str!("../../README.md");
+    let (_, section) = readme.split_once("### Access policies").unwrap();
+    let example = section.split("```").nth(1).unwrap().trim_start_matches("yaml");
+    assert_eq!(document::parse(example).unwrap()[0].name(), "shop/db-clients");
+}
+
+#[test]
 fn an_empty_list_matches_nothing_and_stays_an_empty_list() {
     let read = |spec: &str| {
         let head =
