@@ -5,6 +5,7 @@ mod ask;
 mod authority;
 mod capacity;
 mod check;
+mod policy;
 mod revocation;
 
 use std::process::ExitCode;
@@ -47,6 +48,8 @@ enum Command {
     Workloads(ask::Ask),
     /// List the running agent's certificates.
     Certs(ask::Ask),
+    /// List the running agent's access policies and what they came to, or check files of them.
+    Policy(policy::Policy),
 }
 
 /// How a command prints.
@@ -72,6 +75,7 @@ pub fn run() -> ExitCode {
             Command::Status(ask) => ask.run("/v1/status"),
             Command::Workloads(ask) => ask.run("/v1/workloads"),
             Command::Certs(ask) => ask.run("/v1/certs"),
+            Command::Policy(policy) => policy.run(),
         }
         .map(|()| ExitCode::SUCCESS)
     });

@@ -2,6 +2,8 @@
 //!
 //! Unknown fields are errors, so a misspelt one cannot silently mean its default.
 
+pub mod watch;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -56,12 +58,20 @@ pub enum ConfigError {
 /// # Errors
 /// When the file cannot be read, is too large, or does not parse; the message names it.
 pub fn read_yaml<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = read_text(path)?;
+    serde_yaml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.into(), message: e.to_string() })
+}
+
+/// Reads a text file, with its size bounded.
+///
+/// # Errors
+/// When the file cannot be read or is too large; the message names it.
+pub fn read_text(path: &Path) -> Result<String, ConfigError> {
     let read = |source| ConfigError::Read { path: path.into(), source };
     if std::fs::metadata(path).map_err(read)?.len() > MAX_FILE_BYTES {
         return Err(ConfigError::TooLarge { path: path.into() });
     }
-    let text = std::fs::read_to_string(path).map_err(read)?;
-    serde_yaml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.into(), message: e.to_string() })
+    std::fs::read_to_string(path).map_err(read)
 }
 
 /// `hauberk agent --config FILE`.
@@ -74,6 +84,9 @@ pub struct AgentConfig {
     pub trust_domain: TrustDomain,
     /// Where workloads are known from.
     pub directory: DirectoryConfig,
+    /// Where access policies are read from. Without it there are none: every identity of the trust
+    /// domain may reach every workload.
+    pub policy: Option<PolicyConfig>,
     /// Where SVIDs come from.
     pub authority: AuthorityClientConfig,
     /// For the admin socket and the node's own SVID. Must be on a tmpfs for the latter: keys never
@@ -105,6 +118,14 @@ pub struct AgentConfig {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DirectoryConfig {
     /// A YAML file; reloaded when it changes.
+    pub file: PathBuf,
+}
+
+/// Where access policies are read from.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyConfig {
+    /// A YAML file of AccessPolicy documents; reloaded when it changes.
     pub file: PathBuf,
 }
 

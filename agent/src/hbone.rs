@@ -117,7 +117,8 @@ pub fn status(reason: Reason) -> StatusCode {
         | Reason::Loop
         | Reason::WrongIdentity
         | Reason::Revoked
-        | Reason::NotPlaced => StatusCode::FORBIDDEN,
+        | Reason::NotPlaced
+        | Reason::DeniedByPolicy => StatusCode::FORBIDDEN,
         Reason::BadProof | Reason::Unproven | Reason::Expired | Reason::UnknownIssuer => {
             StatusCode::UNAUTHORIZED
         }
@@ -140,12 +141,27 @@ pub fn refusal(response: &http::Response<RecvStream>) -> Reason {
     }
 }
 
+/// The HTTP/2 error code of a stream that an access policy ended. Not one of RFC 9113's, so any other
+/// peer takes it for an internal error (section 7), which ends the stream as well.
+const DENIED_BY_POLICY: u32 = 0x6862_6b01;
+
 /// The HTTP/2 error code that tells a peer why its stream or tunnel is ended (RFC 9113, section 7).
 pub fn code(reason: Reason) -> h2::Reason {
     match reason {
         // Nothing else says it here: below HTTP/2 there is always mutual TLS 1.3.
         Reason::Revoked => h2::Reason::INADEQUATE_SECURITY,
+        Reason::DeniedByPolicy => DENIED_BY_POLICY.into(),
         _ => h2::Reason::CANCEL,
+    }
+}
+
+/// What a peer means by a stream's reset.
+pub fn reset_reason(code: h2::Reason) -> Reason {
+    match code {
+        h2::Reason::REFUSED_STREAM => Reason::Overload,
+        h2::Reason::INADEQUATE_SECURITY => Reason::Revoked,
+        _ if u32::from(code) == DENIED_BY_POLICY => Reason::DeniedByPolicy,
+        _ => Reason::PeerReset,
     }
 }
 
@@ -155,10 +171,7 @@ pub fn reason(error: &h2::Error) -> Reason {
         return Reason::Revoked;
     }
     if error.is_reset() && error.is_remote() {
-        return match error.reason() {
-            Some(h2::Reason::REFUSED_STREAM) => Reason::Overload,
-            _ => Reason::PeerReset,
-        };
+        return error.reason().map_or(Reason::PeerReset, reset_reason);
     }
     if error.is_io() || error.is_go_away() && error.is_remote() {
         return Reason::TunnelLost;

@@ -136,6 +136,12 @@ impl SpiffeId {
         &self.uri[self.path_at..]
     }
 
+    /// The namespace of a workload's identity (`/ns/NAMESPACE/sa/...`); `None` for any other form.
+    pub fn namespace(&self) -> Option<&str> {
+        let (namespace, rest) = self.path().strip_prefix("/ns/")?.split_once('/')?;
+        rest.starts_with("sa/").then_some(namespace)
+    }
+
     /// The node's name when this is a node agent's identity.
     pub fn node_name(&self) -> Option<&str> {
         self.path().strip_prefix("/node/").filter(|name| !name.contains('/'))
@@ -192,7 +198,11 @@ mod tests {
         assert_eq!(id.as_str(), "spiffe://cluster.local/ns/shop/sa/cart");
         assert_eq!(id.trust_domain(), "cluster.local");
         assert_eq!(id.path(), "/ns/shop/sa/cart");
+        assert_eq!(id.namespace(), Some("shop"));
         assert_eq!(id.node_name(), None);
+        for other in ["spiffe://td/ns/shop", "spiffe://td/ns/shop/x/y", "spiffe://td/x/ns/shop/sa/y"] {
+            assert_eq!(SpiffeId::parse(other).expect("valid").namespace(), None, "{other}");
+        }
         assert_eq!(SpiffeId::node(&domain, "n1").expect("valid").node_name(), Some("n1"));
     }
 

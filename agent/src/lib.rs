@@ -4,6 +4,7 @@
 //!
 //! - [`capture`] takes a connection over, inside the pod's [`netns`];
 //! - [`directory`] says who must be at its destination, [`balance`] which endpoint of a service it is;
+//! - [`policy`] says who may reach whom;
 //! - [`outbound`] is the sending agent's whole way: resolve, then a stream from the [`pool`];
 //! - [`pool`] holds connections by (source identity, destination identity, address);
 //! - [`proof`] proves many workloads on one connection between two nodes;
@@ -39,6 +40,7 @@ pub mod inbound;
 pub mod netns;
 pub mod outbound;
 pub mod pod;
+pub mod policy;
 pub mod pool;
 pub mod proof;
 pub mod relay;

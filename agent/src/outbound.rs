@@ -12,6 +12,7 @@ use crate::directory::{Destination, ResolveError};
 use crate::hbone::Stream;
 use crate::hbone::client::Ask;
 use crate::pod::Pod;
+use crate::policy::Attempt;
 use crate::pool::{Failure, Key, Route};
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
@@ -43,7 +44,7 @@ async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: Soc
     shard.observe.opened(Direction::Outbound);
     relay::tune(&app);
     let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-    let mut way = Way { destination: None, encryption: Encryption::None, key: None };
+    let mut way = Way { destination: None, encryption: Encryption::None, key: None, policy: None };
     let outcome = carry(&shard, &pod, &mut app, source, listener_port, &mut way).await;
     let (relayed, detail) = match outcome {
         Ok(relayed) => (relayed, "".into()),
@@ -59,6 +60,7 @@ async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: Soc
         encryption: way.encryption,
         reason: relayed.reason,
         detail: &detail,
+        policy: way.policy.as_deref(),
         source_id: Some(&pod.workload.id),
         source: Some(source),
         destination_id: way.key.as_ref().map(|key| &key.destination),
@@ -75,6 +77,7 @@ struct Way {
     destination: Option<SocketAddr>,
     encryption: Encryption,
     key: Option<Key>,
+    policy: Option<Arc<str>>,
 }
 
 async fn carry(
@@ -142,6 +145,17 @@ async fn open(
     way.destination = Some(destination.address);
     let route = route(shard, pod, destination);
     way.key = Some(route.workload.clone());
+    let attempt = Attempt {
+        peer: pod.workload.id.clone(),
+        source: source.ip(),
+        workload: Arc::clone(&destination.workload),
+        port: destination.address.port(),
+    };
+    shard.policies.deny_early(&attempt).map_err(|denial| {
+        let detail = denial.to_string().into();
+        way.policy = Some(denial.policy);
+        Failure { reason: Reason::DeniedByPolicy, detail }
+    })?;
     let ask = Ask { authority: destination.address, source };
     let opening = async {
         let mut stream = shard.pool.open(&route, ask, Instant::now()).await?;

@@ -13,7 +13,7 @@ use crate::identity::svid::X509Svid;
 use crate::tls;
 use crate::tls::memory::Memory;
 use crate::tls::server::{Listener, Terms};
-use crate::tls::verify::Expected;
+use crate::tls::verify::{Expected, Judge};
 use crate::trust::Trust;
 use crate::verdict::Reason;
 
@@ -61,11 +61,16 @@ impl Pod {
         self.workload.addresses.contains(&ip)
     }
 
-    /// How the pod's tunnel answers now, and the SVID it presents; made anew when SVID, bundle or mode have changed.
+    /// How the pod's tunnel answers now (to peers that `judge` lets in as well), and the SVID it presents; made anew when SVID, bundle or mode have changed.
     ///
     /// # Errors
     /// [`Reason::NoSvid`] until one has been issued, [`Reason::Revoked`] while that one is revoked.
-    pub fn listener(&self, trust: &Trust, memory: &Memory) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
+    pub fn listener(
+        &self,
+        trust: &Trust,
+        memory: &Memory,
+        judge: impl FnOnce() -> Arc<dyn Judge>,
+    ) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
         let now = trust.snapshot();
         let svid = now.svids.get(&self.workload.id).ok_or(Reason::NoSvid)?;
         if now.revoked(svid.leaf()).is_some() {
@@ -85,7 +90,7 @@ impl Pod {
             svid,
             roots: &roots,
             peers: Expected::Member,
-            judge: None,
+            judge: Some(judge()),
             alpn: &[tls::ALPN_H2],
             place: &place(&self.workload).iter().map(|part| part.as_bytes()).collect::<Vec<_>>(),
             mode: match mode {

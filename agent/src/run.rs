@@ -27,6 +27,7 @@ use crate::identity::bundle::TrustBundle;
 use crate::issue::Issuer;
 use crate::issue::authority::AuthorityIssuer;
 use crate::issue::keep::{self, Keep};
+use crate::policy::Policies;
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
 use crate::telemetry::access_log::KernelLog;
@@ -66,6 +67,15 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
     let directory = Live::new(file::load(&config.directory.file, domain)?);
+    let policies = match &config.policy {
+        Some(policy) => {
+            let policies = Policies::load(&policy.file, domain.clone())?;
+            let count = policies.loaded().policies().count();
+            tracing::info!(file = %policy.file.display(), policies = count, "access policies read");
+            policies
+        }
+        None => Policies::none(domain.clone()),
+    };
     let admin_listener = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
@@ -74,7 +84,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     capture.beat();
 
     let metrics = Arc::new(Metrics::new()?);
-    let shared = shared(&config, &node, &trust, &directory, &capture, &metrics);
+    let shared = shared(&config, &node, &trust, &directory, &policies, &capture, &metrics);
     let threads = start_threads(&config, &shared)?;
     let enroller =
         Enroller::new(Arc::clone(&config), Arc::clone(&capture), Arc::clone(&shared.pods), threads);
@@ -93,6 +103,7 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
         metrics,
         trust: Arc::clone(&trust),
         directory: Arc::clone(&directory),
+        policies: Arc::clone(&policies),
         capture: Arc::clone(&capture),
         enrolled: enroller.status(),
         rotation: rotator.status(),
@@ -102,6 +113,9 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
 
     tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
     tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
+    if let Some(policy) = &config.policy {
+        tokio::spawn(policies.watch(policy.file.clone()));
+    }
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
     tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
@@ -150,6 +164,7 @@ fn shared(
     node: &SpiffeId,
     trust: &Arc<Trust>,
     directory: &Arc<Live>,
+    policies: &Arc<Policies>,
     capture: &Arc<Capture>,
     metrics: &Arc<Metrics>,
 ) -> Shared {
@@ -162,6 +177,7 @@ fn shared(
         directory: Arc::clone(directory),
         pods: Arc::default(),
         balance: Arc::new(Balance::new(config.node.clone(), observe.clone())),
+        policies: Arc::clone(policies),
         capture: Arc::clone(capture),
         tls: Memory::new(keys, observe.clone()),
         observe,

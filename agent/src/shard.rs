@@ -23,6 +23,7 @@ use crate::directory;
 use crate::identity::SpiffeId;
 use crate::inbound::{Front, Node};
 use crate::pod::{Pod, Pods};
+use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::pool::dial::Dialer;
 use crate::telemetry::Observe;
@@ -44,6 +45,8 @@ pub struct Shared {
     pub pods: Arc<Pods>,
     /// Which endpoint of a service is next.
     pub balance: Arc<Balance>,
+    /// Who may reach whom.
+    pub policies: Arc<Policies>,
     /// The kernel side.
     pub capture: Arc<Capture>,
     /// What TLS remembers.

@@ -35,6 +35,8 @@ pub struct Finished<'a> {
     pub reason: Reason,
     /// More about `reason`, for a human; may be empty.
     pub detail: &'a str,
+    /// The access policy that denied it (`namespace/name`), if one did.
+    pub policy: Option<&'a str>,
     /// Who opened it, if it came so far that this is known.
     pub source_id: Option<&'a SpiffeId>,
     /// The opener's address.

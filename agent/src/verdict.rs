@@ -80,8 +80,6 @@ labels! {
         NotYetValid = "not_yet_valid",
         /// A certificate, the identity in it or its node has been revoked.
         Revoked = "revoked",
-        /// An access policy denies the peer.
-        DeniedByPolicy = "denied_by_policy",
         /// The peer is not who the directory says must be there.
         WrongIdentity = "wrong_identity",
         /// The peer's certificate is no X.509-SVID.
@@ -112,6 +110,8 @@ labels! {
         AgentPort = "agent_port",
         /// A connection that would lead back into this agent.
         Loop = "loop",
+        /// An access policy denies it, or none allows it.
+        DeniedByPolicy = "denied_by_policy",
         /// Anything inside this agent that should not fail.
         Internal = "internal",
     }
@@ -182,7 +182,6 @@ impl Reason {
             | Self::Expired
             | Self::NotYetValid
             | Self::Revoked
-            | Self::DeniedByPolicy
             | Self::WrongIdentity
             | Self::BadCertificate
             | Self::TlsVersion
@@ -195,7 +194,8 @@ impl Reason {
             | Self::Unproven
             | Self::NotPlaced
             | Self::AgentPort
-            | Self::Loop => Verdict::Denied,
+            | Self::Loop
+            | Self::DeniedByPolicy => Verdict::Denied,
             _ => Verdict::Failed,
         }
     }

@@ -26,7 +26,6 @@ use hauberk::tls;
 use hauberk::tls::memory::Memory;
 use hauberk::trust::Trust;
 use rustls::pki_types::ServerName;
-use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 
 const HOUR: Duration = Duration::from_secs(3600);

@@ -48,6 +48,8 @@ pub struct Options {
     pub log: String,
     /// Whether the directory lists the nodes, so that agents speak to each other in node scope.
     pub node_scope: bool,
+    /// Access policies that the agents read from [`crate::World::policies_file`]; `None` for no file.
+    pub policies: Option<String>,
 }
 
 impl Default for Options {
@@ -57,6 +59,7 @@ impl Default for Options {
             agent_yaml: "drainSeconds: 5\n".into(),
             log: "info,access=warn".into(),
             node_scope: true,
+            policies: None,
         }
     }
 }
@@ -84,6 +87,9 @@ impl Agent {
         let mut config = String::new();
         writeln!(config, "node: {node}\ntrustDomain: {}", crate::world::TRUST_DOMAIN)?;
         writeln!(config, "directory: {{file: {}}}", directory.display())?;
+        if options.policies.is_some() {
+            writeln!(config, "policy: {{file: {}}}", directory.with_file_name("policies.yaml").display())?;
+        }
         writeln!(config, "authority:\n  address: {}", crate::world::AUTHORITY)?;
         writeln!(config, "  trustBundle: {}\n  joinToken: {}/token", bundle.display(), dir.display())?;
         writeln!(config, "runtimeDir: {}/run", dir.display())?;

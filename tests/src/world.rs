@@ -52,6 +52,8 @@ pub struct Pod {
     pub mode: Mode,
     /// Whether the directory knows it.
     pub listed: bool,
+    /// Its namespace, as the directory has it: `demo` unless a test changes it.
+    pub namespace: String,
 }
 
 impl Pod {
@@ -222,7 +224,8 @@ impl World {
         host.ip(&["-6", "route", "add", "default", "via", "fe80::1", "dev", "eth0"])?;
         on.ip(&["route", "add", &v4.to_string(), "dev", &link])?;
         on.ip(&["-6", "route", "add", &v6.to_string(), "dev", &link])?;
-        let pod = Pod { host, node: node.into(), v4, v6, mode, listed: true };
+        let namespace = "demo".into();
+        let pod = Pod { host, node: node.into(), v4, v6, mode, listed: true, namespace };
         self.pods.insert(name.into(), pod);
         Ok(self.get(name))
     }
@@ -256,6 +259,21 @@ impl World {
         self.dir().join("directory.yaml")
     }
 
+    /// Where the access policies' file is.
+    pub fn policies_file(&self) -> PathBuf {
+        self.dir().join("policies.yaml")
+    }
+
+    /// Replaces the access policies.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_policies(&self, text: &str) -> Result<()> {
+        let new = self.dir().join("policies.new");
+        std::fs::write(&new, text)?;
+        Ok(std::fs::rename(new, self.policies_file())?)
+    }
+
     /// Writes the directory as the world is now.
     ///
     /// # Errors
@@ -266,7 +284,8 @@ impl World {
             let netns = pod.host.netns();
             writeln!(
                 text,
-                "  - {{name: {name}, namespace: demo, serviceAccount: {name}, node: {}, addresses: [{}, '{}'], mode: {}, netns: {}}}",
+                "  - {{name: {name}, namespace: {}, serviceAccount: {name}, node: {}, addresses: [{}, '{}'], mode: {}, netns: {}}}",
+                pod.namespace,
                 pod.node,
                 pod.v4,
                 pod.v6,
@@ -285,7 +304,9 @@ impl World {
         }
         text.push_str("services:\n");
         for service in &self.services {
-            let endpoints: Vec<_> = service.endpoints.iter().map(|e| format!("demo/{e}")).collect();
+            let namespace = |pod: &String| self.pods.get(pod).map_or("demo", |pod| &pod.namespace);
+            let endpoints: Vec<_> =
+                service.endpoints.iter().map(|e| format!("{}/{e}", namespace(e))).collect();
             writeln!(
                 text,
                 "  - {{name: {}, namespace: demo, addresses: ['{}'], ports: [{{port: {}, targetPort: {}}}], endpoints: [{}]}}",
@@ -311,6 +332,9 @@ impl World {
     /// When one does not get ready; with its log.
     pub fn start(&mut self) -> Result<()> {
         self.write_directory()?;
+        if let Some(policies) = &self.options.policies {
+            self.write_policies(policies)?;
+        }
         for node in ["n1", "n2"] {
             std::fs::create_dir_all(self.pods_cgroup(node)?)?;
         }

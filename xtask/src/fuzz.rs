@@ -1,11 +1,11 @@
-//! Runs the fuzz targets: everything that parses bytes from a peer.
+//! Runs the fuzz targets: everything that parses bytes from a peer, and policies.
 
 use anyhow::Result;
 use clap::Args;
 
 use crate::shell::{command, root, run, step};
 
-const TARGETS: [&str; 5] = ["spiffe_id", "svid", "connect", "bundle", "csr"];
+const TARGETS: [&str; 6] = ["spiffe_id", "svid", "connect", "bundle", "csr", "policy"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {

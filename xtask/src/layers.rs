@@ -28,9 +28,16 @@ const LAYERS: [(&str, &[&str]); 27] = [
     ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
     ("deliver", &["capture", "netns"]),
     ("pod", &["deliver", "directory", "identity", "tls", "trust", "verdict"]),
+    ("policy", &["config", "directory", "identity"]),
     ("balance", &["directory", "telemetry", "verdict"]),
-    ("outbound", &["balance", "directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
-    ("inbound", &["hbone", "identity", "pod", "pool", "relay", "shard", "telemetry", "tls", "verdict"]),
+    (
+        "outbound",
+        &["balance", "directory", "hbone", "pod", "policy", "pool", "relay", "shard", "telemetry", "verdict"],
+    ),
+    (
+        "inbound",
+        &["hbone", "identity", "pod", "policy", "pool", "relay", "shard", "telemetry", "tls", "verdict"],
+    ),
     (
         "shard",
         &[
@@ -41,6 +48,7 @@ const LAYERS: [(&str, &[&str]); 27] = [
             "inbound",
             "outbound",
             "pod",
+            "policy",
             "pool",
             "telemetry",
             "tls",
@@ -50,9 +58,23 @@ const LAYERS: [(&str, &[&str]); 27] = [
     ),
     ("enrol", &["capture", "config", "deliver", "directory", "netns", "pod", "shard"]),
     ("telemetry", &["identity", "trust", "verdict"]),
-    ("admin", &["capture", "directory", "enrol", "rotate", "telemetry", "trust"]),
-    ("check", &["capture", "config", "directory", "identity", "tls"]),
-    ("cli", &["authority", "ca", "capture", "check", "config", "identity", "run", "telemetry"]),
+    ("admin", &["capture", "directory", "enrol", "policy", "rotate", "telemetry", "trust"]),
+    ("check", &["capture", "config", "directory", "identity", "policy", "tls"]),
+    (
+        "cli",
+        &[
+            "authority",
+            "ca",
+            "capacity",
+            "capture",
+            "check",
+            "config",
+            "identity",
+            "policy",
+            "run",
+            "telemetry",
+        ],
+    ),
     ("capacity", &["ca", "hbone", "identity", "issue", "tls"]),
     ("lib", &[]),
 ];

@@ -1,6 +1,7 @@
 //! The agent's state, as the admin server tells it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,8 +12,10 @@ use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
 use crate::enrol;
+use crate::policy::Policies;
 use crate::rotate;
 use crate::telemetry::Metrics;
+use crate::telemetry::metrics::{PolicyCounts, PolicyStanding};
 use crate::trust::Trust;
 
 /// What has to hold before the agent is ready, each with the reason why it does not yet.
@@ -52,6 +55,8 @@ pub struct State {
     pub trust: Arc<Trust>,
     /// Who is where.
     pub directory: Arc<Live>,
+    /// Who may reach whom.
+    pub policies: Arc<Policies>,
     /// The kernel side.
     pub capture: Arc<Capture>,
     /// How the local workloads stand.
@@ -79,13 +84,22 @@ impl State {
             "/v1/status" => Some(self.status()),
             "/v1/workloads" => Some(self.workloads()),
             "/v1/certs" => Some(self.certs()),
+            "/v1/policies" => Some(self.policies()),
             _ => self.public(path),
         }
     }
 
     fn render(&self) -> String {
         let enrolled = self.enrolled.now().values().filter(|outcome| outcome.is_ok()).count();
-        self.metrics.render(&self.trust.snapshot(), self.capture.verdicts(), enrolled)
+        let loaded = self.policies.loaded();
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let policies = loaded.policies().map(|(policy, _)| PolicyCounts {
+            policy: &policy.name,
+            denied: count(&policy.counts.denied),
+            would_deny: count(&policy.counts.would_deny),
+        });
+        let policies = PolicyStanding { counts: policies.collect(), stale: self.policies.fault().is_some() };
+        self.metrics.render(&self.trust.snapshot(), self.capture.verdicts(), &policies, enrolled)
     }
 
     fn ready(&self) -> Page {
@@ -110,6 +124,8 @@ impl State {
             "meshWorkloads": directory.workloads().len(),
             "enrolled": enrolled.values().filter(|outcome| outcome.is_ok()).count(),
             "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
+            "policies": self.policies.loaded().policies().count(),
+            "policyError": self.policies.fault().as_deref(),
             "svids": trust.svids.len(),
             "roots": trust.bundle.roots().len(),
             "revocations": trust.bundle.revocations().entries().len(),
@@ -138,6 +154,25 @@ impl State {
                     "mode": workload.mode,
                     "addresses": workload.addresses,
                     "state": state,
+                })
+            })
+            .collect();
+        Page::json(&rows)
+    }
+
+    fn policies(&self) -> Page {
+        let loaded = self.policies.loaded();
+        let rows: Vec<_> = loaded
+            .policies()
+            .map(|(policy, document)| {
+                let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+                json!({
+                    "policy": &*policy.name,
+                    "action": document.spec.action,
+                    "dryRun": document.spec.dry_run,
+                    "hits": count(&policy.counts.hits),
+                    "denied": count(&policy.counts.denied),
+                    "wouldDeny": count(&policy.counts.would_deny),
                 })
             })
             .collect();

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::Counters;
 use crate::ca::store::{Store, StoreError};
-use crate::directory::file::stamp;
+use crate::config::watch::stamp;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::Revocations;
 

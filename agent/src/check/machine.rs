@@ -12,6 +12,7 @@ use crate::capture::mount;
 use crate::config::AgentConfig;
 use crate::directory::file;
 use crate::identity::bundle::TrustBundle;
+use crate::policy::Policies;
 use crate::tls::provider;
 
 pub(super) fn checks() -> Vec<Found> {
@@ -72,12 +73,14 @@ pub(super) fn configuration(path: &Path) -> Vec<Found> {
         Ok(config) => config,
         Err(error) => return vec![Found::fail("configuration", error.to_string(), "correct the file")],
     };
-    vec![
+    let mut found = vec![
         Found::ok("configuration", path.display().to_string()),
         directory(&config),
         trust_bundle(&config),
         pods_cgroup(&config),
-    ]
+    ];
+    found.extend(policies(&config));
+    found
 }
 
 fn directory(config: &AgentConfig) -> Found {
@@ -97,6 +100,15 @@ fn directory(config: &AgentConfig) -> Found {
         }
         Err(error) => Found::fail(NAME, error.to_string(), "correct the file"),
     }
+}
+
+fn policies(config: &AgentConfig) -> Option<Found> {
+    const NAME: &str = "access policies";
+    let file = &config.policy.as_ref()?.file;
+    Some(match Policies::load(file, config.trust_domain.clone()) {
+        Ok(policies) => Found::ok(NAME, format!("{} policies", policies.loaded().policies().count())),
+        Err(error) => Found::fail(NAME, error.to_string(), "correct the file"),
+    })
 }
 
 fn trust_bundle(config: &AgentConfig) -> Found {

@@ -2,19 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::{Directory, Live, Mode, Node, Service, Workload};
-use crate::config::{ConfigError, read_yaml};
+use crate::config::{self, ConfigError, read_yaml};
 use crate::identity::{SpiffeId, TrustDomain};
-
-/// How often the file is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -203,43 +198,18 @@ fn addresses(listed: &[IpAddr], taken: &mut HashSet<IpAddr>) -> Result<Vec<IpAdd
     Ok(addresses)
 }
 
-/// Tells one state of a file from another. Follows symbolic links, so that a ConfigMap's swap shows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    inode: u64,
-    length: u64,
-    changed: (i64, i64),
-}
-
-pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
-    let meta = std::fs::metadata(path).ok()?;
-    Some(Stamp { inode: meta.ino(), length: meta.len(), changed: (meta.mtime(), meta.mtime_nsec()) })
-}
-
 /// Runs for ever: reads the file again when it changes. A bad file changes nothing, and is said once.
 pub async fn watch(path: PathBuf, domain: TrustDomain, live: Arc<Live>) {
-    // Unknown at first: what changed between the first load and now is read again.
-    let mut seen = None;
-    loop {
-        let now = stamp(&path);
-        if now.is_some() && now != seen {
-            let (file, of) = (path.clone(), domain.clone());
-            // Reading may wait for a disk.
-            match tokio::task::spawn_blocking(move || load(&file, &of)).await {
-                Ok(Ok(directory)) => {
-                    tracing::info!(file = %path.display(), workloads = directory.workloads().len(), "directory read");
-                    live.replace(directory);
-                }
-                Ok(Err(error)) => tracing::error!(%error, "the directory stays as it was"),
-                Err(error) => tracing::error!(%error, "the directory could not be read"),
-            }
+    let file = path.clone();
+    let take = move |loaded: Result<Directory, ConfigError>| match loaded {
+        Ok(directory) => {
+            let workloads = directory.workloads().len();
+            tracing::info!(file = %file.display(), workloads, "directory read");
+            live.replace(directory);
         }
-        if now.is_none() && seen.is_some() {
-            tracing::error!(file = %path.display(), "the directory's file is gone; the directory stays as it was");
-        }
-        seen = now;
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
+        Err(error) => tracing::error!(%error, "the directory stays as it was"),
+    };
+    config::watch::watch(path, move |path| load(path, &domain), take).await;
 }
 
 #[cfg(test)]

@@ -5,19 +5,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use h2::RecvStream;
 use http::Request;
+use rustls::pki_types::UnixTime;
 use tokio_util::sync::CancellationToken;
 
+use crate::directory::Workload;
 use crate::hbone::Lease;
 use crate::hbone::server::{self, Asked};
 use crate::identity::SpiffeId;
+use crate::identity::svid::Leaf;
 use crate::identity::svid::X509Svid;
 use crate::pod::Pod;
+use crate::policy::Policies;
 use crate::proof::Refusal;
 use crate::proof::connection::{Proofs, Shown};
 use crate::shard::Shard;
 use crate::tls;
+use crate::tls::roots::Digest;
 use crate::tls::server::{Listener, Terms};
-use crate::tls::verify::Expected;
+use crate::tls::verify::{Expected, Judge, Refused};
 use crate::verdict::Reason;
 
 /// A place where tunnels arrive.
@@ -74,6 +79,29 @@ impl Node {
         let listener = listener.map_err(|_| Reason::Internal)?;
         *cached = Some((wanted, Arc::clone(&listener)));
         Ok((listener, Arc::clone(svid)))
+    }
+}
+
+/// Lets in, to a pod's own tunnel, who may reach the pod on some port; asked in full handshakes, and again
+/// whenever a session is resumed. Each stream is judged for itself.
+#[derive(Debug)]
+struct MayReach {
+    policies: Arc<Policies>,
+    workload: Arc<Workload>,
+}
+
+impl Judge for MayReach {
+    fn judge(&self, peer: &Leaf, _: UnixTime) -> Result<(), Refused> {
+        if self.policies.may_reach(&peer.id, &self.workload) {
+            return Ok(());
+        }
+        let detail = format!("the policies let {} reach {} on no port", peer.id, self.workload.id);
+        Err(Refused { reason: Reason::DeniedByPolicy, detail })
+    }
+
+    /// The policies of this moment are asked each time, so that a change of them ends no one else's session.
+    fn digest(&self) -> Digest {
+        [0; 32]
     }
 }
 
@@ -136,7 +164,12 @@ impl Front {
     /// How it answers now, and the SVID it presents.
     pub(super) fn listener(&self, shard: &Shard) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
         match self {
-            Self::Pod(pod) => pod.listener(&shard.trust, &shard.tls),
+            Self::Pod(pod) => pod.listener(&shard.trust, &shard.tls, || {
+                Arc::new(MayReach {
+                    policies: Arc::clone(&shard.policies),
+                    workload: Arc::clone(&pod.workload),
+                })
+            }),
             Self::Node(node) => node.listener(shard),
         }
     }

@@ -1,5 +1,6 @@
 //! One stream, from its CONNECT to its log line.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use super::front::{Admitted, Front, Tunnel};
 use crate::deliver::Delivered;
 use crate::hbone::{self, Recv, Stream, server};
 use crate::identity::SpiffeId;
+use crate::pod::Pod;
+use crate::policy::{self, Attempt, Denial};
 use crate::pool::dial;
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
@@ -39,8 +42,33 @@ pub(super) async fn serve(
             return Refused { at, source, source_id, reason, detail }.tell(shard);
         }
     };
-    let Admitted { pod, source, asked, .. } = &admitted;
     let client = client(shard, &admitted, peer);
+    let Admitted { pod, source, asked, .. } = &admitted;
+    let tell = |relayed: Relayed, detail: &str, denial: Option<&Denial>, was_open| {
+        let record = Finished {
+            direction: Direction::Inbound,
+            encryption: Encryption::Mtls,
+            reason: relayed.reason,
+            detail,
+            policy: denial.map(|denial| &*denial.policy),
+            source_id: Some(source),
+            source: Some(client),
+            destination_id: Some(&pod.workload.id),
+            destination: Some(asked.authority),
+            sent_bytes: relayed.to_app,
+            received_bytes: relayed.from_app,
+            duration: began.elapsed(),
+        };
+        shard.observe.finished(&record, was_open);
+    };
+    let permit = match shard.policies.judge(attempt(&admitted, client)) {
+        Ok(permit) => permit,
+        Err(denial) => {
+            server::refuse(respond, request.into_body(), Reason::DeniedByPolicy);
+            let nothing = Relayed { from_app: 0, to_app: 0, reason: Reason::DeniedByPolicy };
+            return tell(nothing, &denial.to_string(), Some(&denial), false);
+        }
+    };
     shard.observe.opened(Direction::Inbound);
     let connecting = async {
         tokio::select! {
@@ -50,6 +78,7 @@ pub(super) async fn serve(
         }
     };
     let outcome: io::Result<_> = connecting.await;
+    let mut denial = None;
     let (relayed, detail) = match outcome {
         Err(error) => {
             let reason = match error.kind() {
@@ -59,37 +88,49 @@ pub(super) async fn serve(
             server::refuse(respond, request.into_body(), reason);
             (Relayed { from_app: 0, to_app: 0, reason }, format!("the application: {error}"))
         }
-        Ok(delivered) => (relay(shard, &admitted, delivered, request, respond).await, String::new()),
+        Ok(delivered) => {
+            let until = stop(shard, pod, permit, &mut denial);
+            let relayed = relay(&admitted, delivered, request, respond, until).await;
+            (relayed, denial.as_ref().map(Denial::to_string).unwrap_or_default())
+        }
     };
-    let record = Finished {
-        direction: Direction::Inbound,
-        encryption: Encryption::Mtls,
-        reason: relayed.reason,
-        detail: &detail,
-        source_id: Some(source),
-        source: Some(client),
-        destination_id: Some(&pod.workload.id),
-        destination: Some(asked.authority),
-        sent_bytes: relayed.to_app,
-        received_bytes: relayed.from_app,
-        duration: began.elapsed(),
-    };
-    shard.observe.finished(&record, true);
+    tell(relayed, &detail, denial.as_ref(), true);
+}
+
+/// What the policies are asked.
+fn attempt(admitted: &Admitted, client: SocketAddr) -> Attempt {
+    Attempt {
+        peer: admitted.source.clone(),
+        source: client.ip(),
+        workload: Arc::clone(&admitted.pod.workload),
+        port: admitted.asked.authority.port(),
+    }
+}
+
+/// Resolves when an open stream has to end; by a change of the policies, it says which.
+async fn stop(shard: &Shard, pod: &Pod, permit: policy::Admitted, denial: &mut Option<Denial>) -> Reason {
+    tokio::select! {
+        reason = shard.stop(&pod.gone) => reason,
+        revoked = permit.revoked() => {
+            *denial = Some(revoked);
+            Reason::DeniedByPolicy
+        }
+    }
 }
 
 async fn relay(
-    shard: &Shard,
     admitted: &Admitted,
     mut delivered: Delivered,
     request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
+    stop: impl Future<Output = Reason>,
 ) -> Relayed {
     let proof = admitted.proof.as_ref().map(|shown| &*shown.header);
     match server::accept(respond, proof) {
         Ok(send) => {
             let recv = Recv::Open(request.into_body());
             let stream = Stream { send, recv, place: None, lease: Some(Arc::clone(&admitted.lease)) };
-            relay::relay(&mut delivered.app, stream, shard.stop(&admitted.pod.gone)).await
+            relay::relay(&mut delivered.app, stream, stop).await
         }
         Err(error) => {
             relay::reset(&delivered.app);
@@ -130,6 +171,7 @@ impl Refused<'_> {
             encryption: if self.source_id.is_some() { Encryption::Mtls } else { Encryption::None },
             reason: self.reason,
             detail: self.detail,
+            policy: None,
             source_id: self.source_id,
             source: Some(self.source),
             destination_id: Some(self.at),

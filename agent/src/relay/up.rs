@@ -95,8 +95,7 @@ impl Up {
 /// Why the stream was closed under us.
 fn closed(outcome: Result<h2::Reason, h2::Error>) -> Reason {
     match outcome {
-        Ok(code) if code == hbone::code(Reason::Revoked) => Reason::Revoked,
-        Ok(_) => Reason::PeerReset,
+        Ok(code) => hbone::reset_reason(code),
         Err(e) => hbone::reason(&e),
     }
 }

@@ -28,6 +28,8 @@ pub fn write(record: &Finished<'_>) {
                 direction = record.direction.as_str(),
                 verdict = record.reason.verdict().as_str(),
                 reason = record.reason.as_str(),
+                // Left out where there is none.
+                policy = record.policy,
                 encryption = record.encryption.as_str(),
                 source_id = known(record.source_id),
                 source = known(record.source),

@@ -1,11 +1,13 @@
 //! The Prometheus registry and everything in it.
 //!
 //! Labels come from closed enums, and every child of them is resolved once, at the start: counting
-//! on the hot path is an atomic addition, without hashing or a lock. Only certificates have an open
-//! label, and their number is capped.
+//! on the hot path is an atomic addition, without hashing or a lock. Only certificates and access
+//! policies have an open label, and their number is capped.
 
 mod balance;
+mod policy;
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ebpf::VERDICT_COUNT;
@@ -19,6 +21,7 @@ use super::{Finished, Role};
 use crate::trust::Snapshot;
 use crate::verdict::{Direction, Encryption, Reason, Unresumed};
 use balance::Balance;
+pub use policy::{Counts as PolicyCounts, Standing as PolicyStanding};
 
 /// Most certificates that have a series of their own.
 const MAX_CERTIFICATES: usize = 2_000;
@@ -73,7 +76,10 @@ pub struct Metrics {
     expiry: GaugeVec,
     dropped: IntGauge,
     kernel: IntCounterVec,
+    policies: policy::Policies,
     process: Process,
+    /// What is read only for a page is read for one page at a time.
+    rendering: Mutex<()>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -162,7 +168,9 @@ impl Metrics {
                     &["verdict"],
                 )?,
             )?,
+            policies: policy::Policies::new(&registry)?,
             process: Process::new(&registry)?,
+            rendering: Mutex::new(()),
             registry,
         })
     }
@@ -210,8 +218,15 @@ impl Metrics {
     }
 
     /// The page that Prometheus scrapes, with what is read only now: certificates, the kernel side's
-    /// counts, the process.
-    pub fn render(&self, trust: &Snapshot, kernel: [u64; VERDICT_COUNT as usize], pods: usize) -> String {
+    /// and the policies' counts, the process.
+    pub fn render(
+        &self,
+        trust: &Snapshot,
+        kernel: [u64; VERDICT_COUNT as usize],
+        policies: &PolicyStanding<'_>,
+        pods: usize,
+    ) -> String {
+        let _one_at_a_time = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
         self.pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
         self.expiry.reset();
         for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {
@@ -220,7 +235,7 @@ impl Metrics {
         let revocations = trust.bundle.revocations();
         self.revocations.set(i64::try_from(revocations.entries().len()).unwrap_or(i64::MAX));
         self.generation.set(i64::try_from(revocations.generation()).unwrap_or(i64::MAX));
-        let dropped = trust.svids.len().saturating_sub(MAX_CERTIFICATES);
+        let dropped = trust.svids.len().saturating_sub(MAX_CERTIFICATES) + self.policies.set(policies);
         self.dropped.set(i64::try_from(dropped).unwrap_or(i64::MAX));
         for (verdict, count) in KERNEL_VERDICTS.iter().zip(kernel) {
             // The kernel side counts; this only repeats it.
@@ -443,6 +458,7 @@ mod tests {
                 encryption: Encryption::None,
                 reason: *reason,
                 detail: "",
+                policy: None,
                 source_id: None,
                 source: None,
                 destination_id: None,
@@ -454,7 +470,7 @@ mod tests {
             metrics.finished(&record, false);
             metrics.handshake_failed(Role::Server, Duration::ZERO, *reason);
         }
-        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], 3);
+        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], &PolicyStanding::default(), 3);
         for reason in Reason::ALL {
             let line = format!(
                 "hauberk_connections_total{{direction=\"inbound\",encryption=\"none\",reason=\"{}\",verdict=\"{}\"}} 1",
@@ -481,7 +497,7 @@ mod tests {
             metrics.unresumed(Role::Server, *why);
         }
         metrics.chain(true);
-        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], 0);
+        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], &PolicyStanding::default(), 0);
         let count = "hauberk_tls_handshakes_total{kind=";
         for (kind, times) in [("full", 1), ("resumed", 2)] {
             let line = format!("{count}\"{kind}\",outcome=\"ok\",reason=\"\",role=\"client\"}} {times}");

@@ -1,0 +1,435 @@
+//! Access policies: may this peer reach this workload?
+//!
+//! The receiving agent has the last word: it judges every stream when it is asked for, and again
+//! whenever the policies change, for as long as the stream is open. The sending agent refuses early
+//! what the receiving one would refuse. A policy decides on identities that were proven on the very
+//! connection, never on names or addresses that a peer claims; deliberately absent are patterns,
+//! requests' contents, and anything that would have to be waited for.
+
+pub mod cidr;
+pub mod document;
+pub mod rule;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use tokio::sync::watch;
+
+use crate::config::{self, ConfigError};
+use crate::directory::Workload;
+use crate::identity::{SpiffeId, TrustDomain};
+use document::AccessPolicy;
+use rule::{Decision, Rules};
+
+/// Who wants to reach whom.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// The identity that the opener has proven.
+    pub peer: SpiffeId,
+    /// The opener's address.
+    pub source: IpAddr,
+    /// The workload that is asked.
+    pub workload: Arc<Workload>,
+    /// Its application's port.
+    pub port: u16,
+}
+
+/// What a policy has come to; kept over reloads as long as a policy of its name is there.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Connections that it matched first: let in by an allow policy, refused by a deny policy, or,
+    /// in a dry run, what would have been.
+    pub hits: AtomicU64,
+    /// Connections refused because of it.
+    pub denied: AtomicU64,
+    /// Connections that would be refused because of it, were it enforced.
+    pub would_deny: AtomicU64,
+}
+
+/// A policy in use.
+#[derive(Debug)]
+pub struct Policy {
+    /// `namespace/name`.
+    pub name: Arc<str>,
+    /// What it came to.
+    pub counts: Arc<Counts>,
+}
+
+/// One consistent state: what is enforced.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    generation: u64,
+    rules: Rules,
+    policies: Vec<Policy>,
+    documents: Vec<AccessPolicy>,
+}
+
+impl Loaded {
+    /// The policies in use with their documents, in the order of names.
+    pub fn policies(&self) -> impl Iterator<Item = (&Policy, &AccessPolicy)> {
+        self.policies.iter().zip(&self.documents)
+    }
+}
+
+/// Why a connection is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// `namespace/name` of the policy.
+    pub policy: Arc<str>,
+    /// Whether it refuses this peer, rather than none allowing it.
+    matched: bool,
+}
+
+impl fmt::Display for Denial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.matched {
+            true => write!(f, "the deny policy {} matches", self.policy),
+            false => write!(f, "{} is about this workload, and no allow policy matches", self.policy),
+        }
+    }
+}
+
+/// The policies as they change.
+#[derive(Debug)]
+pub struct Policies {
+    domain: TrustDomain,
+    now: ArcSwap<Loaded>,
+    changed: watch::Sender<u64>,
+    /// Why the newest state of the source is not in use.
+    fault: ArcSwapOption<String>,
+}
+
+impl Policies {
+    /// Without any policy: every identity of the trust domain may reach every workload.
+    pub fn none(domain: TrustDomain) -> Arc<Self> {
+        let (now, fault) = (ArcSwap::from_pointee(Loaded::default()), ArcSwapOption::empty());
+        Arc::new(Self { domain, now, changed: watch::Sender::new(0), fault })
+    }
+
+    /// Reads a file's policies.
+    ///
+    /// # Errors
+    /// When they cannot be used; one line that names file and field.
+    pub fn load(path: &Path, domain: TrustDomain) -> Result<Arc<Self>, ConfigError> {
+        let policies = Self::none(domain);
+        let documents = document::load(path)?;
+        policies.replace(documents).map_err(|fault| invalid(path, fault))?;
+        Ok(policies)
+    }
+
+    /// Runs for ever: takes the file's policies into use whenever it changes. A bad file changes
+    /// nothing, and is said once.
+    pub async fn watch(self: Arc<Self>, path: PathBuf) {
+        let file = path.clone();
+        let take = move |loaded: Result<Vec<AccessPolicy>, ConfigError>| {
+            let replaced = loaded.and_then(|documents| {
+                let count = documents.len();
+                let changed = self.replace(documents).map_err(|fault| invalid(&file, fault))?;
+                Ok((count, changed))
+            });
+            match replaced {
+                Ok((policies, changed)) => {
+                    if changed {
+                        let generation = self.generation();
+                        tracing::info!(file = %file.display(), policies, generation, "access policies read");
+                    }
+                    self.fault.store(None);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the access policies stay as they were");
+                    self.fault.store(Some(Arc::new(error.to_string())));
+                }
+            }
+        };
+        config::watch::watch(path, document::load, take).await;
+    }
+
+    /// Takes policies into use; whether they differ from those before. Open connections are judged
+    /// again.
+    ///
+    /// # Errors
+    /// When one cannot be compiled; nothing changes then.
+    pub fn replace(&self, mut documents: Vec<AccessPolicy>) -> Result<bool, document::Fault> {
+        documents.sort_by_key(AccessPolicy::name);
+        let before = self.now.load();
+        if before.documents == documents {
+            return Ok(false);
+        }
+        let rules = Rules::compile(&documents, &self.domain)
+            .map_err(|(index, error)| (documents[index].name(), error.to_string()))?;
+        let policies = documents.iter().map(|document| {
+            let name: Arc<str> = document.name().into();
+            let known = before.policies.binary_search_by(|policy| policy.name.cmp(&name));
+            let counts = known.map(|at| Arc::clone(&before.policies[at].counts)).unwrap_or_default();
+            Policy { name, counts }
+        });
+        let policies = policies.collect();
+        let generation = before.generation + 1;
+        self.now.store(Arc::new(Loaded { generation, rules, policies, documents }));
+        self.changed.send_replace(generation);
+        Ok(true)
+    }
+
+    /// What is enforced now.
+    pub fn loaded(&self) -> Arc<Loaded> {
+        self.now.load_full()
+    }
+
+    /// Why the newest state of the file is not in use, if it is not.
+    pub fn fault(&self) -> Option<Arc<String>> {
+        self.fault.load_full()
+    }
+
+    /// Grows with every change of what is enforced.
+    pub fn generation(&self) -> u64 {
+        self.now.load().generation
+    }
+
+    /// Notifies of every change of [`Policies::generation`].
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// The receiving agent's word, which is the last: judges a connection and counts it.
+    ///
+    /// What comes back must live as long as the connection; see [`Admitted::revoked`].
+    ///
+    /// # Errors
+    /// The policy that refuses it.
+    pub fn judge(self: &Arc<Self>, attempt: Attempt) -> Result<Admitted, Denial> {
+        // Before looking: a change after this is seen by `revoked`.
+        let changes = self.changed.subscribe();
+        let now = self.now.load();
+        let outcome = now.rules.judge(&attempt.peer, attempt.source, &attempt.workload, attempt.port);
+        now.count_hit(outcome.enforced);
+        if let Some(denial) = now.denial(outcome.enforced) {
+            now.count(outcome.enforced, |counts| &counts.denied);
+            return Err(denial);
+        }
+        if outcome.tried != outcome.enforced {
+            now.count_hit(outcome.tried);
+        }
+        if let Some(denial) = now.denial(outcome.tried) {
+            now.count(outcome.tried, |counts| &counts.would_deny);
+            would_deny(&attempt, &denial);
+        }
+        Ok(Admitted { policies: Arc::clone(self), attempt, generation: now.generation, changes })
+    }
+
+    /// The sending agent's word: refuses, and counts, what the receiving agent would refuse. What
+    /// it lets pass is judged and counted there.
+    ///
+    /// # Errors
+    /// The policy that refuses it.
+    pub fn deny_early(&self, attempt: &Attempt) -> Result<(), Denial> {
+        let now = self.now.load();
+        let outcome = now.rules.judge(&attempt.peer, attempt.source, &attempt.workload, attempt.port);
+        let Some(denial) = now.denial(outcome.enforced) else { return Ok(()) };
+        now.count(outcome.enforced, |counts| &counts.denied);
+        Err(denial)
+    }
+
+    /// Whether a peer may reach a workload at all, on some port and from some address: what has to
+    /// hold for a connection to be worth keeping. Each stream on it is judged for itself.
+    pub fn may_reach(&self, peer: &SpiffeId, workload: &Workload) -> bool {
+        self.now.load().rules.may_reach(peer, workload)
+    }
+}
+
+impl Loaded {
+    fn denial(&self, decision: Decision) -> Option<Denial> {
+        let policy = self.policies.get(decision.policy().filter(|_| decision.denies())?)?;
+        Some(Denial { policy: Arc::clone(&policy.name), matched: matches!(decision, Decision::Denied(_)) })
+    }
+
+    /// Counts a policy that matched; one that is merely about the workload did not.
+    fn count_hit(&self, decision: Decision) {
+        if !matches!(decision, Decision::NotAllowed(_)) {
+            self.count(decision, |counts| &counts.hits);
+        }
+    }
+
+    fn count(&self, decision: Decision, which: impl Fn(&Counts) -> &AtomicU64) {
+        if let Some(policy) = decision.policy().and_then(|index| self.policies.get(index)) {
+            which(&policy.counts).fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A connection that the policies let in, for as long as they do.
+#[derive(Debug)]
+pub struct Admitted {
+    policies: Arc<Policies>,
+    attempt: Attempt,
+    generation: u64,
+    changes: watch::Receiver<u64>,
+}
+
+impl Admitted {
+    /// Resolves when a change of the policies denies the connection. While nothing changes it costs
+    /// a waker.
+    pub async fn revoked(mut self) -> Denial {
+        loop {
+            let generation = self.policies.generation();
+            if generation != self.generation {
+                self.generation = generation;
+                if let Err(denial) = self.policies.deny_early(&self.attempt) {
+                    return denial;
+                }
+            }
+            if self.changes.changed().await.is_err() {
+                // Impossible while `policies` holds the sender; then nothing can change any more.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+fn invalid(path: &Path, (field, message): document::Fault) -> ConfigError {
+    ConfigError::Invalid { path: path.into(), field, message }
+}
+
+/// The line of a dry run: what enforcing the policy would refuse.
+fn would_deny(attempt: &Attempt, denial: &Denial) {
+    tracing::warn!(
+        target: "access",
+        policy = &*denial.policy,
+        source_id = %attempt.peer,
+        source = %attempt.source,
+        destination_id = %attempt.workload.id,
+        destination = format!("{}/{}:{}", attempt.workload.namespace, attempt.workload.name, attempt.port),
+        detail = %denial,
+        "would be denied"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::directory::Mode;
+
+    fn domain() -> TrustDomain {
+        TrustDomain::parse("td.test").unwrap()
+    }
+
+    /// A policy on the whole namespace `shop`.
+    fn policy(name: &str, spec: &str) -> String {
+        format!(
+            "---\napiVersion: {}\nkind: {}\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {{all: true}}, {spec}}}\n",
+            document::API_VERSION,
+            document::KIND
+        )
+    }
+
+    fn take(policies: &Policies, texts: &[String]) -> bool {
+        policies.replace(document::parse(&(texts.concat() + "---\n")).unwrap()).unwrap()
+    }
+
+    fn attempt(peer: &str) -> Attempt {
+        let workload = Workload {
+            name: "db-0".into(),
+            namespace: "shop".into(),
+            id: SpiffeId::workload(&domain(), "shop", "db").unwrap(),
+            node: "n".into(),
+            addresses: vec![[10, 0, 0, 1].into()],
+            mode: Mode::Strict,
+            netns: None,
+        };
+        Attempt {
+            peer: SpiffeId::workload(&domain(), "shop", peer).unwrap(),
+            source: [10, 0, 0, 2].into(),
+            workload: Arc::new(workload),
+            port: 80,
+        }
+    }
+
+    /// Hits, denied, would deny.
+    fn counts(policies: &Policies, name: &str) -> [u64; 3] {
+        let loaded = policies.loaded();
+        let (policy, _) = loaded.policies().find(|(policy, _)| &*policy.name == name).unwrap();
+        [&policy.counts.hits, &policy.counts.denied, &policy.counts.would_deny]
+            .map(|count| count.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn a_denial_names_its_policy_and_is_counted_there() {
+        let policies = Policies::none(domain());
+        policies.judge(attempt("web")).expect("without policies everything may pass");
+        let web = "action: allow, from: [{namespace: shop, serviceAccount: web}]";
+        take(&policies, &[policy("web", web), policy("bad", "action: deny, from: [{namespace: bad}]")]);
+        policies.judge(attempt("web")).expect("allowed");
+        let denial = policies.judge(attempt("other")).unwrap_err();
+        assert_eq!(denial.to_string(), "shop/web is about this workload, and no allow policy matches");
+        take(&policies, &[policy("web", web), policy("bad", "action: deny, from: [{any: true}]")]);
+        assert_eq!(&*policies.judge(attempt("web")).unwrap_err().policy, "shop/bad", "deny wins");
+        assert_eq!(&*policies.deny_early(&attempt("web")).unwrap_err().policy, "shop/bad");
+        assert_eq!(counts(&policies, "shop/web"), [1, 1, 0], "kept over a reload");
+        assert_eq!(counts(&policies, "shop/bad"), [1, 2, 0], "the sending side counts denials only");
+    }
+
+    #[test]
+    fn a_dry_run_denies_nothing_and_counts_what_it_would() {
+        let policies = Policies::none(domain());
+        let (deny, allow) = (
+            "action: deny, dryRun: true, from: [{namespace: shop, serviceAccount: web}]",
+            "action: allow, dryRun: true, from: [{namespace: shop, serviceAccount: web}]",
+        );
+        take(&policies, &[policy("deny", deny)]);
+        policies.judge(attempt("web")).expect("only tried");
+        policies.judge(attempt("other")).expect("not even that");
+        assert_eq!(counts(&policies, "shop/deny"), [1, 0, 1]);
+        take(&policies, &[policy("allow", allow)]);
+        policies.judge(attempt("web")).expect("would be allowed");
+        policies.judge(attempt("other")).expect("only tried");
+        policies.deny_early(&attempt("other")).expect("only tried");
+        assert_eq!(counts(&policies, "shop/allow"), [1, 0, 1]);
+    }
+
+    #[test]
+    fn the_generation_grows_only_when_something_changes() {
+        let policies = Policies::none(domain());
+        let one = [policy("a", "action: allow, from: [{any: true}]")];
+        assert!(take(&policies, &one));
+        let generation = policies.generation();
+        assert!(!take(&policies, &one), "the same documents again");
+        assert_eq!(policies.generation(), generation);
+        assert!(take(&policies, &[]));
+        assert!(policies.generation() > generation);
+    }
+
+    #[tokio::test]
+    async fn a_change_revokes_what_it_denies_and_nothing_else() {
+        let policies = Policies::none(domain());
+        let (web, other) =
+            (policies.judge(attempt("web")).unwrap(), policies.judge(attempt("other")).unwrap());
+        // Before anyone waits: the change must not be missed.
+        take(&policies, &[policy("no-web", "action: deny, from: [{namespace: shop, serviceAccount: web}]")]);
+        let denial = timeout(Duration::from_secs(5), web.revoked()).await.expect("revoked");
+        assert_eq!(&*denial.policy, "shop/no-web");
+        let mut other = tokio::spawn(other.revoked());
+        timeout(Duration::from_millis(50), &mut other).await.expect_err("still allowed");
+        take(&policies, &[policy("nobody", "action: allow, from: []")]);
+        let denial = timeout(Duration::from_secs(5), other).await.expect("revoked while waiting").unwrap();
+        assert_eq!(&*denial.policy, "shop/nobody");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_an_error_that_names_it() {
+        let path = std::env::temp_dir().join(format!("hauberk-policies-{}.yaml", std::process::id()));
+        let error = || Policies::load(&path, domain()).unwrap_err().to_string();
+        assert!(error().starts_with("cannot read /"), "missing: {}", error());
+        for bad in ["", "kind: x", &policy("a", "action: allow")] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(error().starts_with(&format!("{}: document 1", path.display())), "{bad}: {}", error());
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+}
