@@ -13,7 +13,7 @@ use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, Workload};
 use crate::netns::Netns;
-use crate::pod::Pod;
+use crate::pod::{Pod, Pods};
 use crate::shard::Thread;
 
 /// How often pods are looked at without a change in the directory: a namespace may have been made
@@ -49,6 +49,8 @@ struct Enrolled {
 pub struct Enroller {
     config: Arc<AgentConfig>,
     capture: Arc<Capture>,
+    /// The enrolled ones, for the data path to find.
+    pods: Arc<Pods>,
     threads: Vec<Thread>,
     enrolled: BTreeMap<Name, Enrolled>,
     status: Arc<Status>,
@@ -59,10 +61,16 @@ pub struct Enroller {
 
 impl Enroller {
     /// Nothing enrolled yet; what earlier agents left pinned is adopted by the first [`Enroller::apply`].
-    pub fn new(config: Arc<AgentConfig>, capture: Arc<Capture>, threads: Vec<Thread>) -> Self {
+    pub fn new(
+        config: Arc<AgentConfig>,
+        capture: Arc<Capture>,
+        pods: Arc<Pods>,
+        threads: Vec<Thread>,
+    ) -> Self {
         Self {
             config,
             capture,
+            pods,
             threads,
             enrolled: BTreeMap::new(),
             status: Arc::default(),
@@ -180,6 +188,7 @@ impl Enroller {
         for (thread, listeners) in self.threads.iter().zip(listeners) {
             thread.serve(Arc::clone(&pod), listeners);
         }
+        self.pods.insert(&pod);
         tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
         self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns });
         Ok(())
@@ -190,6 +199,7 @@ impl Enroller {
         if let Err(error) = self.capture.remove(gone.netns.cookie()) {
             tracing::warn!(workload = name, %error, "cannot remove everything of the pod from the kernel");
         }
+        self.pods.remove(&gone.pod);
         // Ends its listeners and streams, whose sockets would keep the namespace alive.
         gone.pod.gone.cancel();
         tracing::info!(workload = name, "removed");

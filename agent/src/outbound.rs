@@ -1,6 +1,5 @@
 //! The sending agent's way: accepted from the application, resolved, and on through the pool.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,6 +7,7 @@ use std::time::Instant;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::hbone::client::Ask;
+use crate::local::Passage;
 use crate::pod::Pod;
 use crate::pool::{Failure, Key};
 use crate::relay::{self, Relayed};
@@ -101,19 +101,17 @@ async fn carry(
         address: SocketAddr::new(destination.address.ip(), shard.tunnel.port),
     };
     let key = way.key.insert(key);
+    if let Some(neighbour) = shard.pods.serving(&destination) {
+        let passage = Passage { from: pod, to: &neighbour, app, source, destination: destination.address };
+        passage.prove(shard).await?;
+        way.encryption = Encryption::Local;
+        return passage.carry(shard).await;
+    }
     let ask = Ask { authority: destination.address, source };
     let stream = tokio::select! {
         opened = shard.pool.open(key, ask) => opened?,
-        error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+        error = relay::failed(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
     };
     way.encryption = Encryption::Mtls;
     Ok(relay::relay(app, stream, shard.stop(&pod.gone)).await)
-}
-
-/// Resolves when the application resets the connection while its tunnel is still being made.
-async fn given_up(app: &TcpStream) -> io::Error {
-    match app.ready(tokio::io::Interest::ERROR).await {
-        Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-        Err(error) => error,
-    }
 }

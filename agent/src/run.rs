@@ -74,7 +74,8 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     let metrics = Arc::new(Metrics::new()?);
     let shared = shared(&config, &trust, &directory, &capture, &metrics);
     let threads = start_threads(&config, &shared)?;
-    let enroller = Enroller::new(Arc::clone(&config), Arc::clone(&capture), threads);
+    let enroller =
+        Enroller::new(Arc::clone(&config), Arc::clone(&capture), Arc::clone(&shared.pods), threads);
     let issuer: Arc<dyn Issuer> = Arc::new(AuthorityIssuer::new(
         config.authority.address.clone(),
         config.authority.join_token.clone(),
@@ -150,6 +151,7 @@ fn shared(
     Shared {
         trust: Arc::clone(trust),
         directory: Arc::clone(directory),
+        pods: Arc::default(),
         capture: Arc::clone(capture),
         observe: Observe::new(Arc::clone(metrics)),
         tunnel: Arc::new(config.tunnel.clone()),

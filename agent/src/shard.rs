@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::capture::{Capture, Listeners};
 use crate::config::TunnelConfig;
 use crate::directory;
-use crate::pod::Pod;
+use crate::pod::{Pod, Pods};
 use crate::pool::Pool;
 use crate::pool::dial::Dialer;
 use crate::telemetry::Observe;
@@ -35,6 +35,8 @@ pub struct Shared {
     pub trust: Arc<Trust>,
     /// Who is where.
     pub directory: Arc<directory::Live>,
+    /// This node's enrolled pods.
+    pub pods: Arc<Pods>,
     /// The kernel side.
     pub capture: Arc<Capture>,
     /// Where outcomes are reported.

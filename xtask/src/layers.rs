@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::shell::root;
 
 /// A module, and the modules it may name. `run` puts everything together and may name all.
-const LAYERS: [(&str, &[&str]); 26] = [
+const LAYERS: [(&str, &[&str]); 27] = [
     ("verdict", &[]),
     ("identity", &[]),
     ("config", &["identity"]),
@@ -28,7 +28,8 @@ const LAYERS: [(&str, &[&str]); 26] = [
     ("pool", &["config", "hbone", "identity", "telemetry", "tls", "trust", "verdict"]),
     ("deliver", &["capture", "netns"]),
     ("pod", &["deliver", "directory", "tls", "trust", "verdict"]),
-    ("outbound", &["directory", "hbone", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
+    ("local", &["deliver", "pod", "pool", "relay", "shard", "telemetry", "trust", "verdict"]),
+    ("outbound", &["directory", "hbone", "local", "pod", "pool", "relay", "shard", "telemetry", "verdict"]),
     ("inbound", &["hbone", "identity", "pod", "pool", "relay", "shard", "telemetry", "tls", "verdict"]),
     (
         "shard",
