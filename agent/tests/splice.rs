@@ -48,12 +48,6 @@ async fn scene() -> Scene {
     Scene { client, server, relay, stop }
 }
 
-impl Scene {
-    async fn outcome(self) -> Relayed {
-        soon(self.relay).await.unwrap()
-    }
-}
-
 async fn soon<T>(what: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(20), what).await.expect("it hangs")
 }
