@@ -11,6 +11,7 @@
 //! - [`tls`] turns SVIDs and trust bundle into rustls configurations, [`hbone`] speaks CONNECT;
 //! - [`inbound`] is the receiving agent's whole way: accept, authorize, then
 //! - [`deliver`] connects to the application, and [`relay`] moves the bytes, on both sides;
+//! - [`local`] is the shorter way, when both pods are this node's;
 //! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], and [`trust`], which is
@@ -37,6 +38,7 @@ pub mod directory;
 pub mod enrol;
 pub mod hbone;
 pub mod inbound;
+pub mod local;
 pub mod netns;
 pub mod outbound;
 pub mod pod;

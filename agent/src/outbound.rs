@@ -1,6 +1,5 @@
 //! The sending agent's way: accepted from the application, resolved, balanced, and on through the pool.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +10,7 @@ use crate::balance::Pick;
 use crate::directory::{Destination, ResolveError};
 use crate::hbone::Stream;
 use crate::hbone::client::Ask;
+use crate::local::{Open, Passage};
 use crate::pod::Pod;
 use crate::policy::Attempt;
 use crate::pool::{Failure, Key, Route};
@@ -80,9 +80,15 @@ struct Way {
     policy: Option<Arc<str>>,
 }
 
+/// A way that is open to the application that was asked.
+enum Opened {
+    Tunnel(Stream),
+    Local(Box<Open>),
+}
+
 async fn carry(
     shard: &Shard,
-    pod: &Pod,
+    pod: &Arc<Pod>,
     app: &mut TcpStream,
     source: SocketAddr,
     listener_port: u16,
@@ -93,22 +99,30 @@ async fn carry(
         detail: "connected to the agent's own listener; it takes captured connections only".into(),
     })?;
     way.destination = Some(original);
-    let (pick, stream) = reach(shard, pod, app, source, original, way).await?;
-    way.encryption = Encryption::Mtls;
-    let relayed = relay::relay(app, stream, shard.stop(&pod.gone)).await;
+    let (pick, opened) = reach(shard, pod, app, source, original, way).await?;
+    let relayed = match opened {
+        Opened::Tunnel(stream) => {
+            way.encryption = Encryption::Mtls;
+            relay::relay(app, stream, shard.stop(&pod.gone)).await
+        }
+        Opened::Local(open) => {
+            way.encryption = Encryption::Local;
+            open.carry(shard, app).await
+        }
+    };
     pick.ended(relayed.reason, Instant::now());
     Ok(relayed)
 }
 
-/// A stream to the original destination: for a service, from the first endpoint tried that gives one.
+/// A way to the original destination: for a service, from the first endpoint tried that gives one.
 async fn reach(
     shard: &Shard,
-    pod: &Pod,
+    pod: &Arc<Pod>,
     app: &TcpStream,
     source: SocketAddr,
     original: SocketAddr,
     way: &mut Way,
-) -> Result<(Pick, Stream), Failure> {
+) -> Result<(Pick, Opened), Failure> {
     let nowhere = |error: ResolveError| Failure {
         reason: match error {
             ResolveError::UnknownAddress => Reason::UnknownDestination,
@@ -122,7 +136,7 @@ async fn reach(
     let mut failed = None;
     while let Some(mut pick) = tries.next(Instant::now()) {
         match open(shard, pod, app, source, &mut pick, way).await {
-            Ok(stream) => return Ok((pick, stream)),
+            Ok(opened) => return Ok((pick, opened)),
             Err(failure) => {
                 tries.failed(pick, failure.reason, Instant::now());
                 failed = Some(failure);
@@ -135,12 +149,12 @@ async fn reach(
 /// One try. When it fails, nothing that the application sends has been read.
 async fn open(
     shard: &Shard,
-    pod: &Pod,
+    pod: &Arc<Pod>,
     app: &TcpStream,
     source: SocketAddr,
     pick: &mut Pick,
     way: &mut Way,
-) -> Result<Stream, Failure> {
+) -> Result<Opened, Failure> {
     let destination = &pick.destination;
     way.destination = Some(destination.address);
     let route = route(shard, pod, destination);
@@ -156,6 +170,10 @@ async fn open(
         way.policy = Some(denial.policy);
         Failure { reason: Reason::DeniedByPolicy, detail }
     })?;
+    if let Some(neighbour) = shard.pods.serving(destination) {
+        let passage = Passage::new(Arc::clone(pod), neighbour, source, destination.address);
+        return Ok(Opened::Local(Box::new(passage.open(shard, app).await?)));
+    }
     let ask = Ask { authority: destination.address, source };
     let opening = async {
         let mut stream = shard.pool.open(&route, ask, Instant::now()).await?;
@@ -172,7 +190,7 @@ async fn open(
     let patience = pick.patience.filter(|_| has_svids(shard, pod, &route));
     let stream = tokio::select! {
         opened = opening => opened?,
-        error = given_up(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+        error = relay::failed(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
         () = enough(patience) => return Err(Failure {
             reason: Reason::ConnectTimeout,
             detail: format!("{} at {} gave no stream in time", route.workload.destination, ask.authority).into(),
@@ -181,7 +199,7 @@ async fn open(
     if pick.is_wary {
         pick.accepted(Instant::now());
     }
-    Ok(stream)
+    Ok(Opened::Tunnel(stream))
 }
 
 /// Resolves when patience is over, which without a measure is never.
@@ -191,15 +209,6 @@ async fn enough(patience: Option<Duration>) {
         None => std::future::pending().await,
     }
 }
-
-/// Resolves when the application resets the connection while its tunnel is still being made.
-async fn given_up(app: &TcpStream) -> io::Error {
-    match app.ready(tokio::io::Interest::ERROR).await {
-        Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-        Err(error) => error,
-    }
-}
-
 /// The ways to a destination: by its node, if the directory lists an agent of ours there.
 fn route(shard: &Shard, pod: &Pod, destination: &Destination) -> Route {
     let port = shard.tunnel.port;

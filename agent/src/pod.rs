@@ -1,21 +1,26 @@
 //! An enrolled pod: one local workload with what the data path needs to serve it.
 
+mod proof;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use crate::deliver::Deliver;
-use crate::directory::{Mode, Workload};
+use crate::directory::{Destination, Mode, Workload};
 use crate::identity::svid::X509Svid;
 use crate::tls;
 use crate::tls::memory::Memory;
 use crate::tls::server::{Listener, Terms};
 use crate::tls::verify::{Expected, Judge};
-use crate::trust::Trust;
+use crate::trust::{Snapshot, Trust};
 use crate::verdict::Reason;
+use proof::Proof;
+pub use proof::{Refusal, Side};
 
 /// An enrolled pod.
 #[derive(Debug)]
@@ -32,6 +37,7 @@ pub struct Pod {
     mode: Mutex<Mode>,
     /// The TLS listener, and what it was made from.
     listener: Mutex<Option<Made>>,
+    proof: Proof,
 }
 
 /// A TLS listener, and what it was made from: the generations of SVID and bundle, and the mode.
@@ -48,6 +54,7 @@ impl Pod {
             gone: CancellationToken::new(),
             mode,
             listener: Mutex::default(),
+            proof: Proof::default(),
         }
     }
 
@@ -61,7 +68,8 @@ impl Pod {
         self.workload.addresses.contains(&ip)
     }
 
-    /// How the pod's tunnel answers now (to peers that `judge` lets in as well), and the SVID it presents; made anew when SVID, bundle or mode have changed.
+    /// How the pod's tunnel answers now (to peers that `judge` lets in as well), and the SVID it
+    /// presents; made anew when SVID, bundle or mode have changed.
     ///
     /// # Errors
     /// [`Reason::NoSvid`] until one has been issued, [`Reason::Revoked`] while that one is revoked.
@@ -104,6 +112,15 @@ impl Pod {
         Ok((listener, Arc::clone(svid)))
     }
 
+    /// Whether the pod's SVID would convince a peer, on that side of a TLS connection: checked when
+    /// SVID or bundle are new, and remembered for as long as all of the chain is valid.
+    ///
+    /// # Errors
+    /// With what the peer would say, or [`Reason::NoSvid`] until one has been issued.
+    pub fn prove(&self, side: Side, trust: &Snapshot, now: SystemTime) -> Result<(), Refusal> {
+        self.proof.check(&self.workload, side, trust, now)
+    }
+
     /// The pod's address of the same family as `like`, with a port.
     pub fn address(&self, like: IpAddr, port: u16) -> Option<SocketAddr> {
         let ip = self.workload.addresses.iter().find(|a| a.is_ipv4() == like.is_ipv4())?;
@@ -125,6 +142,16 @@ impl Pods {
     /// The pod that has an address.
     pub fn at(&self, ip: IpAddr) -> Option<Arc<Pod>> {
         self.0.load().get(&ip).map(Arc::clone)
+    }
+
+    /// The pod that serves a destination, if it is one of this node's: at that address, with the
+    /// identity and on the node that the directory says. While enrolment and directory differ it is
+    /// none, and the tunnel's handshake finds out who is there.
+    pub fn serving(&self, destination: &Destination) -> Option<Arc<Pod>> {
+        let pods = self.0.load();
+        let pod = pods.get(&destination.address.ip())?;
+        let (is, must_be) = (&pod.workload, &destination.workload);
+        (is.id == must_be.id && is.node == must_be.node).then(|| Arc::clone(pod))
     }
 
     /// Adds a pod that is served from now on.

@@ -1,19 +1,24 @@
-//! Moves bytes between an application's socket and a tunnelled stream, both ways, in one task.
+//! Moves bytes between an application's socket and a tunnelled stream, both ways, in one task; between
+//! two applications' sockets below ([`splice`]).
 //!
 //! A clean end of one side is a clean end of the other's; anything else is a reset of the other.
 //! Never is a failure turned into a clean end. What is held for a stalled side is bounded: one read
 //! of [`FRAME_BYTES`] towards the tunnel, one HTTP/2 stream window towards the application.
 
 mod down;
+mod pipe;
+pub mod splice;
 mod up;
 
 use std::future::{Future, poll_fn};
+use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::SockRef;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
 
@@ -82,6 +87,14 @@ fn poll_both(
 pub fn reset(app: &TcpStream) {
     // It fails only on a socket that is closed already, and that needs no reset.
     let _ = SockRef::from(app).set_linger(Some(Duration::ZERO));
+}
+
+/// Resolves when the application resets the connection, also while nobody reads from it.
+pub async fn failed(app: &TcpStream) -> io::Error {
+    match app.ready(Interest::ERROR).await {
+        Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(error) => error,
+    }
 }
 
 /// Sets what every socket of ours to an application has: no delay, as it is not ours to add one.

@@ -75,6 +75,18 @@ impl Trust {
         self.now.load().svids.get(id).cloned()
     }
 
+    /// The first state that holds an SVID for each of these: now, or once they are issued.
+    pub async fn holding(&self, ids: &[&SpiffeId]) -> Arc<Snapshot> {
+        let mut changes = self.subscribe();
+        loop {
+            let now = self.snapshot();
+            // The sender lives as long as `self`, so waiting cannot fail.
+            if ids.iter().all(|id| now.svids.contains_key(*id)) || changes.changed().await.is_err() {
+                return now;
+            }
+        }
+    }
+
     /// Notifies of every new epoch.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()

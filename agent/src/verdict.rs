@@ -17,6 +17,9 @@ pub enum Direction {
 pub enum Encryption {
     /// Mutual TLS 1.3.
     Mtls,
+    /// Between two pods of this node: both identities proven, the bytes in nobody's hands but the
+    /// kernel's and the agent's.
+    Local,
     /// Not at all: it was refused before a byte travelled.
     None,
 }
@@ -216,6 +219,7 @@ impl Encryption {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Mtls => "mtls",
+            Self::Local => "local",
             Self::None => "none",
         }
     }

@@ -417,7 +417,15 @@ impl World {
     /// # Errors
     /// When the packet socket cannot be made.
     pub fn tap(&self) -> Result<Tap> {
-        Tap::start(self.host("n1"), "wire")
+        self.tap_on("n1", "wire")
+    }
+
+    /// Listens to any interface of a host.
+    ///
+    /// # Errors
+    /// When the packet socket cannot be made.
+    pub fn tap_on(&self, host: &str, interface: &str) -> Result<Tap> {
+        Tap::start(self.host(host), interface)
     }
 }
 

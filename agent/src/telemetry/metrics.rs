@@ -103,7 +103,7 @@ fn side(role: Role) -> usize {
 }
 
 const DIRECTIONS: [Direction; 2] = [Direction::Outbound, Direction::Inbound];
-const ENCRYPTIONS: [Encryption; 2] = [Encryption::Mtls, Encryption::None];
+const ENCRYPTIONS: [Encryption; 3] = [Encryption::Mtls, Encryption::Local, Encryption::None];
 const ROLES: [&str; 2] = ["client", "server"];
 const KINDS: [&str; 2] = ["full", "resumed"];
 
@@ -253,7 +253,8 @@ impl Metrics {
 fn index(direction: Direction, encryption: Encryption, reason: Reason) -> usize {
     let encryption = match encryption {
         Encryption::Mtls => 0,
-        Encryption::None => 1,
+        Encryption::Local => 1,
+        Encryption::None => 2,
     };
     (place(direction) * ENCRYPTIONS.len() + encryption) * Reason::ALL.len() + reason as usize
 }
