@@ -14,8 +14,6 @@ use super::programs::ECHO;
 
 /// Exchanges after the first: their median is a warm one.
 const WARM: usize = 20;
-/// How often a tunnel is closed and made again in each round.
-const REDIALS: usize = 2;
 
 /// Measures every way once.
 pub(super) fn measure(field: &mut Field, results: &mut Results) -> Result<()> {
@@ -69,11 +67,9 @@ fn redial(world: &World, way: &str, results: &mut Results) -> Result<()> {
         (&world.get("client").host, world.get("outside").v4(ECHO), world.get("server").v4(ECHO));
     // The sender knows the receiver from now on.
     times(client, &outside, [&to]).with_context(|| way.to_owned())?;
-    for _ in 0..REDIALS {
-        no_tunnels(world).with_context(|| way.to_owned())?;
-        let [again] = times(client, &outside, [&to]).with_context(|| way.to_owned())?;
-        results.add(Figure::Redial, way, again.first_ms);
-    }
+    no_tunnels(world).with_context(|| way.to_owned())?;
+    let [again] = times(client, &outside, [&to]).with_context(|| way.to_owned())?;
+    results.add(Figure::Redial, way, again.first_ms);
     Ok(())
 }
 

@@ -136,7 +136,7 @@ fn held(pids: &[i32], client: &Host, to: &str, count: u64, more: &[&str]) -> Res
 
 /// Gives allocators the moment in which they return what they will.
 fn settle() {
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_millis(300));
 }
 
 fn agents(world: &mut World, amounts: Amounts, results: &mut Results) -> Result<()> {
