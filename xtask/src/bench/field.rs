@@ -139,7 +139,8 @@ impl Field {
                 bulk: Some(at(lanes.bulk.near)),
                 full: Some(at(lanes.full.near)),
                 proxies: pair.pids(),
-                measures: rounds::ALL,
+                // One pair shows that the lanes work.
+                measures: if pair.kind == Kind::Haproxy { rounds::ALL } else { less },
             });
         }
         ways.extend(peers.iter().map(|peer| Way {

@@ -13,7 +13,7 @@ pub(super) fn config(site: &Site, near: bool) -> String {
     let mut text = format!(
         "global\n  maxconn 9000\n  nbthread {cores}\n  ssl-default-bind-options ssl-min-ver TLSv1.3 no-tls-tickets\n  \
          ssl-default-server-options ssl-min-ver TLSv1.3\n\
-         defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 5m\n  timeout server 5m\n"
+         defaults\n  mode tcp\n  timeout connect 1m\n  timeout client 5m\n  timeout server 5m\n"
     );
     for lane in site.lanes.all() {
         let reuse = if lane.resume { "" } else { " no-ssl-reuse" };

@@ -85,8 +85,10 @@ impl Memory {
         say(&format!("  hauberk: {} connections opened and closed", amounts.churn));
         memory.churn = churn(&world, amounts.churn)?;
         say(&format!("  hauberk: {} readers that stall", amounts.stalled));
+        fresh(&mut world)?;
         memory.stall(&world, amounts.stalled)?;
         say(&format!("  hauberk: {} pods more", amounts.pods));
+        fresh(&mut world)?;
         pods(&mut world, amounts.pods, results)?;
         Ok(memory)
     }
@@ -116,6 +118,16 @@ fn of(pids: &[i32]) -> Result<f64> {
     pids.iter().map(|pid| cpu::resident(*pid)).sum()
 }
 
+/// Agents that hold nothing of what was measured before.
+fn fresh(world: &mut World) -> Result<()> {
+    for node in ["n1", "n2"] {
+        world.agent(node).kill9();
+        world.agent(node).restart()?;
+    }
+    settle();
+    Ok(())
+}
+
 fn agents_of(world: &World) -> Result<Vec<i32>> {
     ["n1", "n2"].into_iter().map(|node| world.agent_ref(node).pid()).collect()
 }
@@ -136,17 +148,14 @@ fn held(pids: &[i32], client: &Host, to: &str, count: u64, more: &[&str]) -> Res
 
 /// Gives allocators the moment in which they return what they will.
 fn settle() {
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_millis(300));
 }
 
 fn agents(world: &mut World, amounts: Amounts, results: &mut Results) -> Result<()> {
     let _echo = echo(world, "server")?;
     results.add(Figure::IdleMb, HAUBERK, both(world)? / 2.0);
     for (figure, more) in [(Figure::OpenKib, &[][..]), (Figure::MovedKib, &["--bytes", MOVED_BYTES])] {
-        for node in ["n1", "n2"] {
-            world.agent(node).kill9();
-            world.agent(node).restart()?;
-        }
+        fresh(world)?;
         let (client, to) = (&world.get("client").host, world.get("server").v4(ECHO));
         let kib = held(&agents_of(world)?, client, &to, amounts.open, more);
         results.add(figure, HAUBERK, kib.context("open connections through Hauberk")?);

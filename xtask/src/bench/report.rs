@@ -47,6 +47,11 @@ impl RoundNoise {
     }
 }
 
+/// From so many rounds on, medians are what the bars are meant for.
+const ENOUGH_ROUNDS: usize = 5;
+/// Cores that others may use without more than noise.
+const BUSY: f64 = 0.25;
+
 /// Where README shows the report.
 const BEGIN: &str = "<!-- bench:begin -->";
 const END: &str = "<!-- bench:end -->";
@@ -96,7 +101,7 @@ impl Report {
 
     fn preamble(&self) -> String {
         format!(
-            "Medians of {} rounds of {} s each, every way in turn; reno in every namespace. {}.",
+            "Medians; rounds: {}, of {} s for each figure, every way in turn; reno in every namespace. {}.",
             self.rounds.len(),
             self.seconds,
             self.machine.words()
@@ -153,11 +158,14 @@ impl Report {
         };
         let mut lines =
             vec![rates("full", &self.handshakes.full), rates("resumed", &self.handshakes.resumed)];
-        let redial = |way| shown(self.results.median(Figure::Redial, way));
+        let redial = |way| self.results.median(Figure::Redial, way);
+        let off = match redial(NOT_RESUMING) {
+            Some(off) => format!("{} ms without resumption", shown(Some(off))),
+            None => "the agent has no tunnel.resumption to compare with".into(),
+        };
         lines.push(format!(
-            "first request after the tunnel was closed as idle: {} ms with resumption, {} ms without",
-            redial(RESUMING),
-            redial(NOT_RESUMING)
+            "first request after the tunnel was closed as idle: {} ms; {off}",
+            shown(redial(RESUMING))
         ));
         let left_out = self.memory.left_out.iter().map(|what| format!("not measured: {what}"));
         lines.extend(left_out);
@@ -168,15 +176,23 @@ impl Report {
         self.behind().iter().map(|behind| format!("behind in {}", behind.words())).collect()
     }
 
+    /// What others did, and what makes these figures weaker than they look.
     fn noise_lines(&self) -> Vec<String> {
         let list = |of: fn(&RoundNoise) -> f64| {
             self.rounds.iter().map(|r| format!("{:.2}", of(r))).collect::<Vec<_>>().join(", ")
         };
-        vec![format!(
+        let mut lines = vec![format!(
             "used by others before each round: {} cores; taken by the hypervisor during each: {} s",
             list(|round| round.others),
             list(|round| round.stolen)
-        )]
+        )];
+        if self.rounds.len() < ENOUGH_ROUNDS {
+            lines.push(format!("the bars are meant for medians of at least {ENOUGH_ROUNDS} rounds"));
+        }
+        if self.rounds.iter().any(|round| round.others > BUSY) {
+            lines.push("others were using the machine: not even shares mean much".into());
+        }
+        lines
     }
 
     pub(super) fn json(&self) -> Value {
