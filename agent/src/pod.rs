@@ -38,7 +38,14 @@ impl Pod {
     /// A pod just enrolled.
     pub fn new(workload: Arc<Workload>, deliver: Deliver, own_ports: Vec<u16>) -> Self {
         let mode = Mutex::new(workload.mode);
-        Self { workload, deliver, own_ports, gone: CancellationToken::new(), mode, listener: Mutex::default() }
+        Self {
+            workload,
+            deliver,
+            own_ports,
+            gone: CancellationToken::new(),
+            mode,
+            listener: Mutex::default(),
+        }
     }
 
     /// Serves on under another mode: sessions that began under the old one are not resumed.

@@ -149,7 +149,8 @@ fn shared(
     metrics: &Arc<Metrics>,
 ) -> Shared {
     let observe = Observe::new(Arc::clone(metrics));
-    let keys = config.tunnel.resumption.then(|| keep::tickets::take_up(&config.runtime_dir, SystemTime::now()));
+    let keys =
+        config.tunnel.resumption.then(|| keep::tickets::take_up(&config.runtime_dir, SystemTime::now()));
     Shared {
         trust: Arc::clone(trust),
         directory: Arc::clone(directory),

@@ -88,8 +88,7 @@ impl Leaf {
 /// # Errors
 /// When the bytes are not X.509.
 pub fn validity(der: &[u8]) -> Result<(SystemTime, SystemTime), SvidError> {
-    let (_, certificate) =
-        X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
     let validity = certificate.validity();
     Ok((from_unix(validity.not_before.timestamp()), from_unix(validity.not_after.timestamp())))
 }

@@ -318,8 +318,7 @@ impl Handshakes {
             .map(|(role, reason)| total.with_label_values(&[*role, "full", "failed", reason.as_str()]))
             .collect();
         Ok(Self {
-            ok: ROLES
-                .map(|role| KINDS.map(|kind| total.with_label_values(&[role, kind, "ok", ""]))),
+            ok: ROLES.map(|role| KINDS.map(|kind| total.with_label_values(&[role, kind, "ok", ""]))),
             failed,
             unresumed: ROLES
                 .iter()
