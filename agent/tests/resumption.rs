@@ -612,8 +612,7 @@ async fn resumed_by_a_successor_that_took_the_keys_up_which_also_knows_what_was_
 async fn a_peer_that_only_resumes_proves_its_key_again_within_the_hour() {
     let world = world();
     world.resume().await;
-    let mut resumed = 0;
-    for _ in 0..12 {
+    for resumed in 0..12 {
         world.server_clock.advance(500);
         let went = world.again().await;
         assert!(went.client.is_ok(), "{went:?}");
@@ -622,7 +621,6 @@ async fn a_peer_that_only_resumes_proves_its_key_again_within_the_hour() {
             assert_eq!(resumed, 7, "3,500 of 3,600 seconds");
             return;
         }
-        resumed += 1;
     }
     panic!("never a full handshake in 6,000 seconds");
 }
