@@ -18,12 +18,16 @@ use hauberk::pool::{Key, Pool, Route};
 use hauberk::relay;
 use hauberk::telemetry::{Metrics, Observe};
 use hauberk::tls;
+use hauberk::tls::handshake::Established;
 use hauberk::tls::memory::Memory;
+use hauberk::tls::server::Terms;
+use hauberk::tls::verify::Expected;
 use hauberk::trust::Trust;
 use hauberk::verdict::Reason;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 
 struct Root {
@@ -184,6 +188,65 @@ async fn streams_share_one_connection_and_a_new_svid_takes_a_new_one() {
     for tcp in &mut open {
         ping(tcp).await;
     }
+}
+
+/// A peer as an agent is one, whose tunnels end with their first stream; says of each whether it
+/// resumed a session.
+async fn fickle_peer(root: &Root) -> (SocketAddr, mpsc::UnboundedReceiver<bool>) {
+    let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
+    let memory = Memory::new(Some(tls::ticket::fleeting()), observe);
+    let svid = svid(root, &id("server"));
+    let roots = memory.roots(&root.bundle, 1).unwrap();
+    let terms = Terms {
+        svid: &svid,
+        roots: &roots,
+        peers: Expected::Member,
+        judge: None,
+        alpn: &[tls::ALPN_H2],
+        place: &[b"test"],
+        mode: "strict",
+    };
+    let tunnels = memory.listener(&terms).unwrap();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    let (tell, told) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = socket.accept().await {
+            let (config, judged) = tunnels.accept();
+            let Established { stream, session } = tls::handshake::accept(config, tcp).await.unwrap();
+            let settled = judged.settle(Some(session.kind), session.peer_chain()).unwrap();
+            tell.send(settled.resumed).unwrap();
+            let mut connection = server::start(stream, 1 << 20, 1000).await.unwrap();
+            let (request, respond) = connection.accept().await.unwrap().unwrap();
+            let stream = tokio::spawn(serve(request, respond));
+            tokio::select! {
+                _ = connection.accept() => {}
+                _ = stream => {}
+            }
+        }
+    });
+    (address, told)
+}
+
+#[tokio::test]
+async fn a_tunnel_that_broke_is_made_again_by_resuming_its_session() {
+    let root = root();
+    let (address, mut resumed) = fickle_peer(&root).await;
+    let near = near(&root, address, "server", echo_app().await).await;
+    for expected in [false, true, true, true] {
+        let mut tcp = TcpStream::connect(near.listen).await.unwrap();
+        tcp.write_all(b"x").await.unwrap();
+        assert_eq!(tcp.read_u8().await.unwrap(), b'x');
+        assert_eq!(resumed.recv().await, Some(expected));
+        drop(tcp);
+        // The next stream must not be opened on the tunnel that is about to end.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    near.trust.insert(svid(&root, &id("client")));
+    let mut tcp = TcpStream::connect(near.listen).await.unwrap();
+    tcp.write_all(b"x").await.unwrap();
+    assert_eq!(tcp.read_u8().await.unwrap(), b'x');
+    assert_eq!(resumed.recv().await, Some(false), "a renewed SVID proves itself");
 }
 
 #[tokio::test]

@@ -38,6 +38,12 @@ fn an_agent_killed_under_load_leaks_nothing_and_its_successor_takes_over() {
         assert!(!outcomes.contains_key("hang"), "{victim}: failures are prompt: {load}");
         let after = world.get("client").host.actor(&["many", &to, "200", "8"]).unwrap();
         assert_eq!(after["ok"], 200, "{victim}: the successor serves: {after}");
+        if victim == "n2" {
+            assert!(log.contains("took up the keys of session tickets"), "{log}");
+            let resumed = ["kind=\"resumed\"", "outcome=\"ok\"", "role=\"server\""];
+            let resumed = world.agent_ref(victim).metric("hauberk_tls_handshakes_total", &resumed).unwrap();
+            assert!(resumed >= 1.0, "the peer's tunnels came back without a full handshake");
+        }
     }
 }
 

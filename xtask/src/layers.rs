@@ -146,7 +146,8 @@ pub(crate) fn check() -> Result<()> {
         Ok(())
     })?;
     for (module, allowed) in LAYERS {
-        for edge in allowed.iter().filter(|edge| !used.contains(&(module.to_owned(), (**edge).to_owned()))) {
+        for edge in allowed.iter().filter(|edge| !used.contains(&((*module).to_owned(), (**edge).to_owned())))
+        {
             wrong.push(format!("the table lets {module} know {edge}, which it does not"));
         }
     }

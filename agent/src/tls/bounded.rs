@@ -38,12 +38,6 @@ impl<K: Hash + Eq, V: Clone> Bounded<K, V> {
         }
         self.young.insert(key, value);
     }
-
-    /// Takes an entry out.
-    pub(super) fn remove(&mut self, key: &K) {
-        self.young.remove(key);
-        self.old.remove(key);
-    }
 }
 
 #[cfg(test)]
@@ -69,15 +63,5 @@ mod tests {
                 proptest::prop_assert_eq!(map.get(key), Some(*key), "used lately, and forgotten");
             }
         }
-    }
-
-    #[test]
-    fn what_is_removed_is_gone_from_both_halves() {
-        let mut map = Bounded::new(2);
-        map.insert(1, 1);
-        map.insert(2, 2);
-        map.remove(&1);
-        map.remove(&2);
-        assert_eq!((map.get(&1), map.get(&2)), (None, None));
     }
 }

@@ -21,7 +21,7 @@ use super::session::Sessions;
 use super::verify::PeerVerifier;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
-use crate::identity::svid::X509Svid;
+use crate::identity::svid::{Leaf, X509Svid};
 use crate::telemetry::{Observe, Role};
 
 /// Dials as `svid`, and accepts nobody but `expected` under `bundle`. Resumes nothing.
@@ -110,21 +110,22 @@ impl Dial {
         chain: Option<&[CertificateDer<'_>]>,
     ) -> Result<Settled, Error> {
         let resumed = kind == Some(HandshakeKind::Resumed);
-        let judged = self.judge(chain);
-        if let (true, Err(error)) = (resumed, &judged) {
+        let (leaf, intermediates) =
+            chain.and_then(|chain| chain.split_first()).ok_or(Error::NoCertificatesPresented)?;
+        if !resumed {
+            // rustls has asked our verifier just now.
+            let leaf = Leaf::from_der(leaf).map_err(|error| Error::General(error.to_string()))?;
+            return Ok(Settled { leaf, resumed });
+        }
+        let now = self.clock.current_time().ok_or(Error::FailedToGetCurrentTime)?;
+        let judged = self.verifier.verify(leaf, intermediates, now, Usage::Server);
+        if let Err(error) = &judged {
             self.observe.unresumed(Role::Client, super::unresumed(error));
             if let Some(sessions) = &self.sessions {
                 sessions.forget();
             }
         }
-        judged.map(|leaf| Settled { leaf, resumed })
-    }
-
-    fn judge(&self, chain: Option<&[CertificateDer<'_>]>) -> Result<crate::identity::svid::Leaf, Error> {
-        let now = self.clock.current_time().ok_or(Error::FailedToGetCurrentTime)?;
-        let (leaf, intermediates) =
-            chain.and_then(|chain| chain.split_first()).ok_or(Error::NoCertificatesPresented)?;
-        Ok(self.verifier.verify(leaf, intermediates, now, Usage::Server)?.leaf.clone())
+        judged.map(|verified| Settled { leaf: verified.leaf.clone(), resumed })
     }
 }
 

@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustls::Error;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::UnixTime;
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
 
 use super::bounded::Bounded;
 use super::client::Dial;
+use super::provider::provider;
 use super::roots::{Digest, Roots};
 use super::server::{Listener, Terms};
 use super::ticket::TicketKeys;
@@ -45,6 +47,7 @@ struct Made {
 #[derive(Debug)]
 pub struct Memory {
     keys: Option<Arc<TicketKeys>>,
+    provider: Arc<CryptoProvider>,
     clock: Arc<dyn TimeProvider>,
     observe: Observe,
     /// The roots of the current epoch of trust.
@@ -55,17 +58,18 @@ pub struct Memory {
 impl Memory {
     /// Resumes sessions with these keys; without any, neither side resumes.
     pub fn new(keys: Option<Arc<TicketKeys>>, observe: Observe) -> Arc<Self> {
-        Self::with_clock(keys, observe, Arc::new(DefaultTimeProvider))
+        Self::with(keys, observe, provider(), Arc::new(DefaultTimeProvider))
     }
 
-    /// The same with another clock, which rustls uses as well.
-    pub fn with_clock(
+    /// The same with listeners of another crypto provider, and another clock, which rustls uses too.
+    pub fn with(
         keys: Option<Arc<TicketKeys>>,
         observe: Observe,
+        provider: Arc<CryptoProvider>,
         clock: Arc<dyn TimeProvider>,
     ) -> Arc<Self> {
         let dials = Mutex::new(Bounded::new(MAX_DIALS));
-        Arc::new(Self { keys, clock, observe, roots: Mutex::default(), dials })
+        Arc::new(Self { keys, provider, clock, observe, roots: Mutex::default(), dials })
     }
 
     /// The bundle's roots. An epoch later than any before replaces them, and with them every chain
@@ -97,7 +101,8 @@ impl Memory {
     /// # Errors
     /// When the crypto provider cannot do what we ask of it, which it can.
     pub fn listener(&self, terms: &Terms<'_>) -> Result<Arc<Listener>, Error> {
-        Listener::new(terms, self.keys.clone(), Arc::clone(&self.clock), self.observe.clone())
+        let (provider, clock) = (Arc::clone(&self.provider), Arc::clone(&self.clock));
+        Listener::new(terms, self.keys.clone(), provider, clock, self.observe.clone())
     }
 
     /// How `svid` dials `peer`: the same as before, sessions included, as long as SVID, roots and rules

@@ -109,15 +109,16 @@ impl Roots {
         usage: Usage,
     ) -> Result<Arc<Verified>, Error> {
         let name = name(leaf, intermediates, usage);
-        if let Some(known) = self.chains().get(&name) {
-            // Otherwise it is judged anew, so that the error is the right one.
-            if known.from <= now && now <= known.until {
-                self.count(true);
-                return Ok(known);
-            }
-            self.chains().remove(&name);
+        let known = self.chains().get(&name);
+        if let Some(known) = known
+            && known.from <= now
+            && now <= known.until
+        {
+            self.count(true);
+            return Ok(known);
         }
         self.count(false);
+        // One that is out of its time is judged anew too, so that the error is the right one.
         let verified = Arc::new(self.judge(leaf, intermediates, now, usage)?);
         self.chains().insert(name, Arc::clone(&verified));
         Ok(verified)
@@ -202,4 +203,55 @@ fn webpki_error(error: webpki::Error) -> Error {
         E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
         other => CertificateError::Other(OtherError(Arc::new(other))),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+    use crate::ca::{Ca, ProvenKey, create_root};
+    use crate::identity::SpiffeId;
+    use crate::issue::Keypair;
+
+    #[test]
+    fn a_known_chain_is_good_until_it_expires_and_under_its_own_roots_only() {
+        let now = SystemTime::now();
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let ca = || Ca::from_pem(domain.clone(), &create_root(&domain, now).unwrap()).unwrap();
+        let (ours, theirs) = (ca(), ca());
+        let key = Keypair::generate().unwrap();
+        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+        let id = SpiffeId::node(&domain, "n1").unwrap();
+        let chain = ours.issue(&proven, &id, Duration::from_secs(60), now).unwrap();
+        let roots = Roots::new(ours.bundle(), None).unwrap();
+        let verify = |roots: &Roots, seconds| {
+            let at = unix(now + Duration::from_secs(seconds));
+            roots.verify(&chain[0], &chain[1..], at, Usage::Client)
+        };
+        let first = verify(&roots, 0).unwrap();
+        assert_eq!(first.leaf.id, id);
+        assert!(Arc::ptr_eq(&first, &verify(&roots, 50).unwrap()), "verified twice");
+        let expired = Error::InvalidCertificate(CertificateError::Expired);
+        assert_eq!(verify(&roots, 62).unwrap_err(), expired, "known, and expired");
+        assert_eq!(verify(&roots, 62).unwrap_err(), expired, "and again");
+        let unknown = Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        assert_eq!(verify(&Roots::new(theirs.bundle(), None).unwrap(), 0).unwrap_err(), unknown);
+    }
+
+    #[test]
+    fn roots_are_named_by_their_content_in_any_order() {
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let root = || {
+            let pem = create_root(&domain, SystemTime::now()).unwrap();
+            Ca::from_pem(domain.clone(), &pem).unwrap().bundle().roots()[0].clone()
+        };
+        let (one, two) = (root(), root());
+        let digest = |roots: &[&CertificateDer<'static>]| {
+            let roots = roots.iter().map(|root| (*root).clone()).collect();
+            *Roots::new(&TrustBundle::new(domain.clone(), roots).unwrap(), None).unwrap().digest()
+        };
+        assert_eq!(digest(&[&one, &two]), digest(&[&two, &one]));
+        assert_ne!(digest(&[&one, &two]), digest(&[&one]));
+    }
 }

@@ -9,6 +9,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, ProducesTickets};
@@ -27,7 +28,7 @@ use super::ticket::content::Content;
 use super::ticket::{Binding, LIFETIME_SECONDS, TicketKeys};
 use super::verify::{Expected, Judge, PeerVerifier};
 use crate::identity::bundle::TrustBundle;
-use crate::identity::svid::X509Svid;
+use crate::identity::svid::{Leaf, X509Svid};
 use crate::telemetry::{Observe, Role};
 use crate::verdict::Unresumed;
 
@@ -57,11 +58,11 @@ pub fn config_with_anonymous_clients(
 
 fn build(svid: &X509Svid, verifier: Arc<PeerVerifier>) -> Result<Arc<ServerConfig>, Error> {
     let alpn = [super::ALPN_H2.to_vec()];
-    Ok(Arc::new(complete(builder()?, verifier, identity(svid), &alpn)))
+    Ok(Arc::new(complete(builder(provider())?, verifier, identity(svid), &alpn)))
 }
 
-fn builder() -> Result<ConfigBuilder<ServerConfig, WantsVerifier>, Error> {
-    ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])
+fn builder(provider: Arc<CryptoProvider>) -> Result<ConfigBuilder<ServerConfig, WantsVerifier>, Error> {
+    ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&TLS13])
 }
 
 fn identity(svid: &X509Svid) -> Arc<SingleCertAndKey> {
@@ -122,16 +123,17 @@ impl Listener {
     pub(super) fn new(
         terms: &Terms<'_>,
         keys: Option<Arc<TicketKeys>>,
+        provider: Arc<CryptoProvider>,
         clock: Arc<dyn TimeProvider>,
         observe: Observe,
     ) -> Result<Arc<Self>, Error> {
         let verifier = PeerVerifier::under(Arc::clone(terms.roots), terms.peers.clone(), terms.judge.clone());
         let alpn = terms.alpn.iter().map(|protocol| protocol.to_vec()).collect();
         Ok(Arc::new(Self {
-            builder: builder()?,
+            binding: binding(terms, &verifier, &provider),
+            builder: builder(provider)?,
             identity: identity(terms.svid),
             alpn,
-            binding: binding(terms, &verifier),
             verifier,
             until: unix(terms.svid.leaf().not_after),
             keys,
@@ -171,15 +173,15 @@ impl Listener {
 
 /// The SVID is named by its SPIFFE ID, not by its key: a renewed SVID is the same identity, and no
 /// ticket outlives the SVID under which it was issued.
-fn binding(terms: &Terms<'_>, verifier: &PeerVerifier) -> Binding {
+fn binding(terms: &Terms<'_>, verifier: &PeerVerifier, provider: &CryptoProvider) -> Binding {
     let [roots, rules] = verifier.epoch();
     let peers = format!("{:?}", terms.peers);
     let mut place: Vec<&[u8]> = vec![terms.svid.id().as_str().as_bytes(), peers.as_bytes()];
     place.extend(terms.place);
-    let suites: Vec<u8> =
-        provider().cipher_suites.iter().flat_map(|suite| u16::from(suite.suite()).to_be_bytes()).collect();
-    let groups: Vec<u8> =
-        provider().kx_groups.iter().flat_map(|group| u16::from(group.name()).to_be_bytes()).collect();
+    let suites = provider.cipher_suites.iter().map(|suite| u16::from(suite.suite()));
+    let suites: Vec<u8> = suites.flat_map(u16::to_be_bytes).collect();
+    let groups = provider.kx_groups.iter().map(|group| u16::from(group.name()));
+    let groups: Vec<u8> = groups.flat_map(u16::to_be_bytes).collect();
     let mut rest: Vec<&[u8]> = vec![b"TLS 1.3", &suites, &groups, terms.mode.as_bytes()];
     rest.extend(terms.alpn);
     Binding::new(&[&roots, &rules], &place, &rest)
@@ -376,8 +378,7 @@ impl Judged {
         if judged != chain {
             return Err(Error::General("the peer's certificates are not those that were judged".into()));
         }
-        let leaf = crate::identity::svid::Leaf::from_der(&chain[0])
-            .map_err(|error| Error::General(error.to_string()))?;
+        let leaf = Leaf::from_der(&chain[0]).map_err(|error| Error::General(error.to_string()))?;
         Ok(Settled { leaf, resumed })
     }
 

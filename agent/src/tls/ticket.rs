@@ -290,3 +290,165 @@ impl KeyType for Length {
 pub fn fleeting() -> Arc<TicketKeys> {
     Arc::new(TicketKeys::new(Box::new(Forgetful)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: u64 = 1_800_000_000;
+
+    fn at(seconds: u64) -> UnixTime {
+        UnixTime::since_unix_epoch(Duration::from_secs(seconds))
+    }
+
+    fn binding(trust: &str, place: &str, terms: &str) -> Binding {
+        Binding::new(&[trust.as_bytes()], &[place.as_bytes()], &[terms.as_bytes()])
+    }
+
+    /// Remembers what it was told; fails when it shall.
+    #[derive(Debug, Default)]
+    struct Told {
+        generations: Mutex<Vec<Generation>>,
+        fails: std::sync::atomic::AtomicBool,
+    }
+
+    impl Journal for Arc<Told> {
+        fn rotated(&self, generations: &[Generation]) -> io::Result<()> {
+            *self.generations.lock().unwrap() = generations.to_vec();
+            Ok(())
+        }
+
+        fn spent(&self, _: &Name, _: &Serial) -> io::Result<()> {
+            if self.fails.load(std::sync::atomic::Ordering::Relaxed) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_part_of_the_binding_is_named_when_it_is_another() {
+        let keys = fleeting();
+        let ours = binding("roots", "pod", "strict");
+        let ticket = keys.seal(&ours, b"session".to_vec(), at(NOW)).unwrap();
+        assert_eq!(keys.open(&ours, &ticket, at(NOW)).unwrap().plain, b"session");
+        for (other, why) in [
+            (binding("fewer roots", "pod", "strict"), Unresumed::TrustChanged),
+            (binding("roots", "other pod", "strict"), Unresumed::OtherListener),
+            (binding("roots", "pod", "permissive"), Unresumed::TermsChanged),
+        ] {
+            assert_eq!(keys.open(&other, &ticket, at(NOW)).unwrap_err(), why);
+        }
+        let theirs = fleeting();
+        assert_eq!(theirs.open(&ours, &ticket, at(NOW)).unwrap_err(), Unresumed::UnknownTicket);
+    }
+
+    #[test]
+    fn forged_marks_do_not_open_a_ticket_of_another_binding() {
+        let keys = fleeting();
+        let (ours, theirs) = (binding("a", "b", "c"), binding("x", "y", "z"));
+        let mut ticket = keys.seal(&theirs, b"session".to_vec(), at(NOW)).unwrap();
+        let mark = keys.seal(&ours, Vec::new(), at(NOW)).unwrap();
+        ticket[..HEADER_BYTES].copy_from_slice(&mark[..HEADER_BYTES]);
+        assert_eq!(keys.open(&ours, &ticket, at(NOW)).unwrap_err(), Unresumed::Unreadable);
+    }
+
+    #[test]
+    fn parts_that_run_together_are_not_the_same_binding() {
+        let one = Binding::new(&[b"ab", b"c"], &[], &[]);
+        assert_ne!(one, Binding::new(&[b"a", b"bc"], &[], &[]));
+        assert_ne!(one, Binding::new(&[b"abc"], &[], &[]));
+    }
+
+    #[test]
+    fn a_key_seals_for_an_hour_and_opens_for_two() {
+        let keys = fleeting();
+        let ours = binding("a", "b", "c");
+        let first = keys.seal(&ours, vec![1], at(NOW)).unwrap();
+        let same = keys.seal(&ours, vec![2], at(NOW + LIFETIME_SECONDS - 1)).unwrap();
+        let next = keys.seal(&ours, vec![3], at(NOW + LIFETIME_SECONDS)).unwrap();
+        assert_eq!(first[..HEADER_BYTES], same[..HEADER_BYTES], "one key within the hour");
+        assert_ne!(first[..HEADER_BYTES], next[..HEADER_BYTES], "another key after it");
+        let late = at(NOW + 2 * LIFETIME_SECONDS - 1);
+        assert_eq!(keys.open(&ours, &same, late).unwrap().plain, [2], "a whole hour later");
+        let too_late = at(NOW + 2 * LIFETIME_SECONDS);
+        assert_eq!(keys.open(&ours, &same, too_late).unwrap_err(), Unresumed::UnknownTicket);
+        assert_eq!(keys.open(&ours, &next, too_late).unwrap().plain, [3], "the younger key still opens");
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_replaces_the_keys() {
+        let keys = fleeting();
+        let ours = binding("a", "b", "c");
+        let ticket = keys.seal(&ours, vec![1], at(NOW)).unwrap();
+        assert!(keys.open(&ours, &ticket, at(NOW - CLOCK_SLACK_SECONDS)).is_ok(), "a little is no matter");
+        let before = at(NOW - CLOCK_SLACK_SECONDS - 1);
+        assert_eq!(keys.open(&ours, &ticket, before).unwrap_err(), Unresumed::UnknownTicket);
+    }
+
+    #[test]
+    fn a_ticket_is_spent_once_also_for_a_successor() {
+        let told = Arc::new(Told::default());
+        let keys = TicketKeys::new(Box::new(Arc::clone(&told)));
+        let ours = binding("a", "b", "c");
+        let ticket = keys.seal(&ours, vec![1], at(NOW)).unwrap();
+        let opened = keys.open(&ours, &ticket, at(NOW)).unwrap();
+        assert_eq!(keys.spend(&opened), Ok(()));
+        assert_eq!(keys.spend(&opened), Err(Unresumed::Reused));
+        let kept = keys.lock().clone();
+        let successor = TicketKeys::restore(kept, Box::new(Forgetful));
+        let again = successor.open(&ours, &ticket, at(NOW + 1)).unwrap();
+        assert_eq!(successor.spend(&again), Err(Unresumed::Reused));
+    }
+
+    #[test]
+    fn what_cannot_be_remembered_as_used_is_not_honoured() {
+        let told = Arc::new(Told::default());
+        let keys = TicketKeys::new(Box::new(Arc::clone(&told)));
+        let ours = binding("a", "b", "c");
+        let ticket = keys.seal(&ours, vec![1], at(NOW)).unwrap();
+        let opened = keys.open(&ours, &ticket, at(NOW)).unwrap();
+        told.fails.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(keys.spend(&opened), Err(Unresumed::Full), "the successor would honour it again");
+
+        let keys = fleeting();
+        let ticket = keys.seal(&ours, vec![1], at(NOW)).unwrap();
+        let opened = keys.open(&ours, &ticket, at(NOW)).unwrap();
+        let full = (0..MAX_SPENT as u64).map(|n| {
+            let mut serial = Serial::default();
+            serial[..8].copy_from_slice(&n.to_be_bytes());
+            serial
+        });
+        keys.lock()[0].spent = full.collect();
+        assert_eq!(keys.spend(&opened), Err(Unresumed::Full), "refused rather than another forgotten");
+        assert_eq!(keys.lock()[0].spent.len(), MAX_SPENT);
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_or_shortened_ticket_does_not_open(
+            plain in proptest::collection::vec(any::<u8>(), 0..300),
+            at_byte: prop::sample::Index, flip in 1u8.., cut: prop::sample::Index
+        ) {
+            let keys = fleeting();
+            let ours = binding("a", "b", "c");
+            let ticket = keys.seal(&ours, plain.clone(), at(NOW)).unwrap();
+            prop_assert_eq!(&keys.open(&ours, &ticket, at(NOW)).unwrap().plain, &plain);
+            let mut changed = ticket.clone();
+            changed[at_byte.index(ticket.len())] ^= flip;
+            prop_assert!(keys.open(&ours, &changed, at(NOW)).is_err(), "changed");
+            prop_assert!(keys.open(&ours, &ticket[..cut.index(ticket.len())], at(NOW)).is_err(), "cut");
+            let longer = [ticket.as_slice(), &[flip]].concat();
+            prop_assert!(keys.open(&ours, &longer, at(NOW)).is_err(), "longer");
+        }
+
+        #[test]
+        fn any_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+            prop_assert!(fleeting().open(&binding("a", "b", "c"), &bytes, at(NOW)).is_err());
+        }
+    }
+}

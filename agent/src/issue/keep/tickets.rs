@@ -166,3 +166,89 @@ fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
     }
     Some(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    use rustls::pki_types::UnixTime;
+
+    use super::*;
+    use crate::tls::ticket::Binding;
+    use crate::verdict::Unresumed;
+
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn new() -> Self {
+            Self(Path::new("/dev/shm").join(format!("hauberk-tickets-{:x}", fastrand::u64(..))))
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn binding() -> Binding {
+        Binding::new(&[b"trust"], &[b"place"], &[b"terms"])
+    }
+
+    #[test]
+    fn a_successor_opens_what_was_sealed_and_knows_what_was_used() {
+        let dir = Dir::new();
+        let (now, later) = (SystemTime::now(), SystemTime::now() + Duration::from_secs(30));
+        let first = take_up(&dir.0, now);
+        let used = first.seal(&binding(), b"used".to_vec(), UnixTime::now()).unwrap();
+        let kept = first.seal(&binding(), b"kept".to_vec(), UnixTime::now()).unwrap();
+        first.spend(&first.open(&binding(), &used, UnixTime::now()).unwrap()).unwrap();
+        let mode = fs::metadata(dir.0.join("tickets")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "only the agent may read the keys");
+        // No word of goodbye: as after a crash.
+        let second = take_up(&dir.0, later);
+        let opened = second.open(&binding(), &kept, UnixTime::now()).unwrap();
+        assert_eq!(opened.plain, b"kept");
+        assert_eq!(second.spend(&opened), Ok(()));
+        let again = second.open(&binding(), &used, UnixTime::now()).unwrap();
+        assert_eq!(second.spend(&again), Err(Unresumed::Reused), "used before the restart");
+        let third = take_up(&dir.0, later);
+        let twice = third.open(&binding(), &kept, UnixTime::now()).unwrap();
+        assert_eq!(third.spend(&twice), Err(Unresumed::Reused), "used by the successor");
+    }
+
+    #[test]
+    fn keys_too_old_or_in_a_broken_file_are_not_taken_up() {
+        let dir = Dir::new();
+        let now = SystemTime::now();
+        let first = take_up(&dir.0, now);
+        let ticket = first.seal(&binding(), Vec::new(), UnixTime::now()).unwrap();
+        let path = dir.0.join("tickets");
+        let whole = fs::read_to_string(&path).unwrap();
+        let opens = |at| take_up(&dir.0, at).open(&binding(), &ticket, UnixTime::now()).is_ok();
+        assert!(opens(now), "the file as it was written");
+        fs::write(&path, &whole).unwrap();
+        assert!(!opens(now + Duration::from_secs(2 * LIFETIME_SECONDS + 1)), "too old");
+        for broken in [&whole[..whole.len() - 1], &whole[..whole.len() - 9], "", "something else\n"] {
+            fs::write(&path, broken).unwrap();
+            assert!(!opens(now), "{broken:?}");
+        }
+        fs::write(&path, format!("{whole}used 00 11\n")).unwrap();
+        assert!(!opens(now), "a line that cannot be read may be a used ticket");
+    }
+
+    #[test]
+    fn nothing_is_written_where_it_could_reach_a_disk() {
+        let dir = std::env::temp_dir().join(format!("hauberk-tickets-{:x}", fastrand::u64(..)));
+        if in_memory(&dir) {
+            // Here even the directory for temporary files is in memory: the claim has no case.
+            return fs::remove_dir_all(&dir).unwrap();
+        }
+        let keys = take_up(&dir, SystemTime::now());
+        assert!(keys.seal(&binding(), Vec::new(), UnixTime::now()).is_some(), "it works without");
+        let left: Vec<_> = fs::read_dir(&dir).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
