@@ -194,10 +194,11 @@ impl Proofs {
         lock(&self.streams).retain(|_, streams| {
             let revoked = trust.revoked(&streams.theirs.leaf).or_else(|| trust.revoked(streams.ours.leaf()));
             let Some(revoked) = revoked else { return true };
+            // The other end may have been quicker, and no stream be left here.
             if let Some(lease) = streams.lease.upgrade() {
                 lease.cut();
-                first.get_or_insert(revoked);
             }
+            first.get_or_insert(revoked);
             false
         });
         first

@@ -155,7 +155,9 @@ async fn run<C: Connection>(
             }
             Ok(Step::Done) => break,
             Err(error) => {
-                // rustls has an alert ready that tells the peer; the error itself matters more.
+                // rustls has an alert ready that tells the peer; the error itself matters more. What came
+                // must not be shown to it again: it takes that for a mistake of ours, and panics.
+                flights.incoming.clear();
                 while let Ok(Step::Again) = step(&mut connection, &mut flights) {}
                 let _ = send(&mut tcp, &mut flights).await;
                 return Err(broken(error));
