@@ -155,10 +155,9 @@ async fn run<C: Connection>(
             }
             Ok(Step::Done) => break,
             Err(error) => {
-                // rustls has an alert ready that tells the peer; the error itself matters more. What came
-                // must not be shown to it again: it takes that for a mistake of ours, and panics.
-                flights.incoming.clear();
-                while let Ok(Step::Again) = step(&mut connection, &mut flights) {}
+                // rustls has an alert ready that tells the peer; the error itself matters more. Once and no
+                // more: asked again after that, it would look at the bad bytes again, and panic.
+                let _ = step(&mut connection, &mut flights);
                 let _ = send(&mut tcp, &mut flights).await;
                 return Err(broken(error));
             }
@@ -171,7 +170,14 @@ async fn run<C: Connection>(
 /// Lets rustls go on until it wants something.
 fn step<C: Connection>(connection: &mut C, flights: &mut Flights) -> Result<Step, Error> {
     let UnbufferedStatus { mut discard, state, .. } = connection.process(&mut flights.incoming);
-    let next = match state? {
+    let state = match state {
+        Ok(state) => state,
+        Err(error) => {
+            flights.incoming.drain(..discard);
+            return Err(error);
+        }
+    };
+    let next = match state {
         ConnectionState::EncodeTlsData(mut data) => {
             encode(&mut data, &mut flights.outgoing)?;
             Step::Again
