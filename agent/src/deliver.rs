@@ -40,9 +40,17 @@ pub struct Deliver {
 #[derive(Debug)]
 pub struct Delivered {
     // Dropped before the socket, so that the port cannot be another connection's by then.
-    _announced: Announced,
+    announced: Announced,
     /// The agent's end.
     pub app: TcpStream,
+}
+
+impl Delivered {
+    /// Says that the application has answered: the kernel side has used the announcement then, and
+    /// nothing is left to take back.
+    pub fn answered(&mut self) {
+        self.announced.used = true;
+    }
 }
 
 impl Deliver {
@@ -78,7 +86,7 @@ impl Deliver {
             let stream = TcpStream::from_std(socket.into())?;
             timeout(CONNECT_TIMEOUT, stream.writable()).await.map_err(|_| io::ErrorKind::TimedOut)??;
             return match stream.take_error()? {
-                None => Ok(Delivered { _announced: announced, app: stream }),
+                None => Ok(Delivered { announced, app: stream }),
                 Some(error) => Err(error),
             };
         }
@@ -97,8 +105,13 @@ impl Deliver {
         self.capture
             .announce(app.ip(), port, app.port(), client)
             .map_err(|e| io::Error::other(e.to_string()))?;
-        let announced =
-            Announced { capture: Arc::clone(&self.capture), pod: app.ip(), port, app_port: app.port() };
+        let announced = Announced {
+            capture: Arc::clone(&self.capture),
+            pod: app.ip(),
+            port,
+            app_port: app.port(),
+            used: false,
+        };
         match socket.connect(&SockAddr::from(app)) {
             Err(e) if e.raw_os_error() != Some(nix::libc::EINPROGRESS) => Err(e),
             _ => Ok(announced),
@@ -136,10 +149,14 @@ struct Announced {
     pod: IpAddr,
     port: u16,
     app_port: u16,
+    used: bool,
 }
 
 impl Drop for Announced {
     fn drop(&mut self) {
+        if self.used {
+            return;
+        }
         self.capture.retract(self.pod, self.port, self.app_port);
     }
 }

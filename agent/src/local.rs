@@ -186,10 +186,13 @@ impl Passage {
 
 impl Open {
     /// Relays until the end.
-    pub async fn carry(self, shard: &Shard, app: &TcpStream) -> Relayed {
+    pub async fn carry(mut self, shard: &Shard, app: &TcpStream) -> Relayed {
         let mut denial = None;
         let stop = stop(shard, &self.passage, &self.leaves, self.permit, &mut denial);
         let relayed = splice(app, &self.delivered.app, stop).await;
+        if relayed.to_app > 0 {
+            self.delivered.answered();
+        }
         let detail = denial.as_ref().map(Denial::to_string).unwrap_or_default();
         self.passage.record(
             shard,

@@ -42,7 +42,6 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
 async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: SocketAddr, listener_port: u16) {
     let began = Instant::now();
     shard.observe.opened(Direction::Outbound);
-    relay::tune(&app);
     let source = SocketAddr::new(source.ip().to_canonical(), source.port());
     let mut way = Way { destination: None, encryption: Encryption::None, key: None, policy: None };
     let outcome = carry(&shard, &pod, &mut app, source, listener_port, &mut way).await;
@@ -99,7 +98,8 @@ async fn carry(
         detail: "connected to the agent's own listener; it takes captured connections only".into(),
     })?;
     way.destination = Some(original);
-    let (pick, opened) = reach(shard, pod, app, source, original, way).await?;
+    // On the heap, and gone once there is a way: for the rest of its life a connection is only a relay.
+    let (pick, opened) = Box::pin(reach(shard, pod, app, source, original, way)).await?;
     let relayed = match opened {
         Opened::Tunnel(stream) => {
             way.encryption = Encryption::Mtls;

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{broadcast, oneshot};
 
 use crate::hbone::Stream;
 use crate::hbone::client::Ask;
@@ -73,14 +73,22 @@ pub struct Pool {
     slots: Arc<Mutex<Slots>>,
     /// Nodes without node scope, and when to look again.
     forgone: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
+    /// Tells the other threads' pools of connections between nodes.
+    others: broadcast::Sender<Key>,
     dialer: Dialer,
     max_streams: usize,
 }
 
 impl Pool {
-    /// An empty pool that dials with `dialer`.
-    pub fn new(dialer: Dialer, max_streams: u32) -> Self {
-        Self { slots: Arc::default(), forgone: Arc::default(), dialer, max_streams: max_streams as usize }
+    /// An empty pool that dials with `dialer`, and tells `others` of new connections between nodes.
+    pub fn new(dialer: Dialer, max_streams: u32, others: broadcast::Sender<Key>) -> Self {
+        Self {
+            slots: Arc::default(),
+            forgone: Arc::default(),
+            others,
+            dialer,
+            max_streams: max_streams as usize,
+        }
     }
 
     /// A stream to a destination: between the nodes if that is possible, else between the workloads.
@@ -149,20 +157,42 @@ impl Pool {
             let mut slots = self.lock();
             let slot = slots.entry(key.clone()).or_default();
             slot.discard(epoch, cx);
-            Poll::Ready(slot.next(self.max_streams))
+            Poll::Ready(slot.next(epoch, self.max_streams))
         })
         .await;
         if dial {
-            self.dial(key.clone());
+            self.dial(key.clone(), true);
         }
         next
     }
 
-    /// Dials in a task of its own, so that it goes on when the first to wait gives up.
-    fn dial(&self, key: Key) {
+    /// Makes a connection that another thread has needed: this one may be next.
+    pub fn warm(&self, key: &Key) {
+        let epoch = self.dialer.epoch(&key.source);
+        let dial = self.lock().entry(key.clone()).or_default().begin_dial(epoch);
+        if dial {
+            self.dial(key.clone(), false);
+        }
+    }
+
+    /// Makes connections between nodes anew where the SVID or the roots that they rest on have changed, so
+    /// that no stream has to wait for it.
+    pub fn refresh(&self) {
+        let between_nodes = |key: &Key| key.destination.node_name().is_some();
+        let keys: Vec<Key> = self.lock().keys().filter(|key| between_nodes(key)).cloned().collect();
+        keys.iter().for_each(|key| self.warm(key));
+    }
+
+    /// Dials in a task of its own, so that it goes on when the first to wait gives up. Where many workloads
+    /// share the connection, the other threads are told.
+    fn dial(&self, key: Key, tell: bool) {
         let pool = self.clone();
         tokio::spawn(async move {
             let dialled = pool.dialer.dial(&key).await;
+            if tell && dialled.as_ref().is_ok_and(|dialled| dialled.proofs.is_some()) {
+                // Nobody listens in a pool that is alone.
+                let _ = pool.others.send(key.clone());
+            }
             let waiting = {
                 let mut slots = pool.lock();
                 let slot = slots.entry(key).or_default();

@@ -74,7 +74,8 @@ fn poll_both(
     cx: &mut Context<'_>,
 ) -> Poll<Reason> {
     let up = up.poll(read, cx);
-    let down = down.poll(write, cx);
+    // An application that has ended too is told by the close that follows at once.
+    let down = down.poll(write, up.is_ready(), cx);
     match (up, down) {
         // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
         (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
@@ -95,12 +96,6 @@ pub async fn failed(app: &TcpStream) -> io::Error {
         Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
         Err(error) => error,
     }
-}
-
-/// Sets what every socket of ours to an application has: no delay, as it is not ours to add one.
-pub fn tune(app: &TcpStream) {
-    // Worth no failed connection: without it small writes are slower.
-    let _ = app.set_nodelay(true);
 }
 
 /// The application's end of a connection, for logs.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,6 +39,9 @@ use crate::trust::Trust;
 const WANTED_FILES: u64 = 1 << 20;
 /// More data-path threads than this bring more node-to-node connections than speed.
 const MAX_DEFAULT_WORKERS: usize = 8;
+
+/// Connections between nodes that threads may be behind in hearing of.
+const DIALLED: usize = 1024;
 
 /// What readiness waits for.
 const CONDITIONS: [&str; 3] = ["node-svid", "pods-enrolled", "workload-svids"];
@@ -182,6 +185,7 @@ fn shared(
         tls: Memory::new(keys, observe.clone()),
         observe,
         tunnel: Arc::new(config.tunnel.clone()),
+        dialled: broadcast::Sender::new(DIALLED),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),
         abort: CancellationToken::new(),

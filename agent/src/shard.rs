@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::runtime;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,8 +24,8 @@ use crate::identity::SpiffeId;
 use crate::inbound::{Front, Node};
 use crate::pod::{Pod, Pods};
 use crate::policy::Policies;
-use crate::pool::Pool;
 use crate::pool::dial::Dialer;
+use crate::pool::{Key, Pool};
 use crate::telemetry::Observe;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
@@ -55,6 +55,8 @@ pub struct Shared {
     pub observe: Observe,
     /// Timeouts and limits.
     pub tunnel: Arc<TunnelConfig>,
+    /// Connections between nodes that one thread has needed, told to the others.
+    pub dialled: broadcast::Sender<Key>,
     /// Permits for TLS handshakes of peers that are not yet authenticated.
     pub handshakes: Arc<Semaphore>,
     /// Cancelled when the agent begins to stop: nothing new is accepted.
@@ -68,7 +70,7 @@ pub struct Shared {
 /// One thread's view: the shared state and its own pool.
 #[derive(Clone, Debug)]
 pub struct Shard {
-    shared: Shared,
+    shared: Arc<Shared>,
     /// This thread's connections to peers.
     pub pool: Pool,
 }
@@ -162,9 +164,11 @@ impl Thread {
 async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
     let (trust, tls) = (Arc::clone(&shared.trust), Arc::clone(&shared.tls));
     let dialer = Dialer::new(trust, tls, Arc::clone(&shared.tunnel), shared.observe.clone());
-    let pool = Pool::new(dialer, shared.tunnel.max_streams);
+    let pool = Pool::new(dialer, shared.tunnel.max_streams, shared.dialled.clone());
+    let mut dialled = shared.dialled.subscribe();
+    let mut trust = shared.trust.subscribe();
     let idle = shared.tunnel.idle_timeout;
-    let shard = Shard { shared, pool };
+    let shard = Shard { shared: Arc::new(shared), pool };
     let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_secs(1)));
     loop {
         tokio::select! {
@@ -173,6 +177,9 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
                 Some(Command::ServeNode(node, listener)) => accept(&shard, Front::Node(node), listener),
                 None => break,
             },
+            // What was missed because too much came at once is dialled when it is needed.
+            Ok(key) = dialled.recv() => shard.pool.warm(&key),
+            Ok(()) = trust.changed() => shard.pool.refresh(),
             _ = sweep.tick() => shard.pool.sweep(Instant::now(), idle),
         }
     }

@@ -99,7 +99,7 @@ impl Cluster {
         // Without sessions: full handshakes are predicted.
         let memory = Memory::new(None, observe.clone());
         let dialer = Dialer::new(Arc::clone(&trust), memory, Arc::new(TunnelConfig::default()), observe);
-        let pool = Pool::new(dialer, 1000);
+        let pool = Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1));
         let (began, random) = (Instant::now(), fastrand::Rng::with_seed(7));
         Self { ca, pool, trust, keys, handshakes, began, passed: Duration::ZERO, random }
     }

@@ -109,7 +109,7 @@ async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near
     let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
     let tls = Memory::new(Some(tls::ticket::fleeting()), observe.clone());
     let dialer = Dialer::new(Arc::clone(&trust), tls, Arc::new(TunnelConfig::default()), observe);
-    let pool = Pool::new(dialer, 1000);
+    let pool = Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = listener.local_addr().unwrap();
     let key = Key { source: id("client"), destination: id(who), address: peer };

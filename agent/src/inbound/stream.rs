@@ -42,6 +42,8 @@ pub(super) async fn serve(
             return Refused { at, source, source_id, reason, detail }.tell(shard);
         }
     };
+    // The headers have said what they had to.
+    let body = request.into_body();
     let client = client(shard, &admitted, peer);
     let Admitted { pod, source, asked, .. } = &admitted;
     let tell = |relayed: Relayed, detail: &str, denial: Option<&Denial>, was_open| {
@@ -64,7 +66,7 @@ pub(super) async fn serve(
     let permit = match shard.policies.judge(attempt(&admitted, client)) {
         Ok(permit) => permit,
         Err(denial) => {
-            server::refuse(respond, request.into_body(), Reason::DeniedByPolicy);
+            server::refuse(respond, body, Reason::DeniedByPolicy);
             let nothing = Relayed { from_app: 0, to_app: 0, reason: Reason::DeniedByPolicy };
             return tell(nothing, &denial.to_string(), Some(&denial), false);
         }
@@ -85,12 +87,12 @@ pub(super) async fn serve(
                 io::ErrorKind::ConnectionAborted => Reason::PeerReset,
                 _ => dial::connect_reason(&error),
             };
-            server::refuse(respond, request.into_body(), reason);
+            server::refuse(respond, body, reason);
             (Relayed { from_app: 0, to_app: 0, reason }, format!("the application: {error}"))
         }
         Ok(delivered) => {
             let until = stop(shard, pod, permit, &mut denial);
-            let relayed = relay(&admitted, delivered, request, respond, until).await;
+            let relayed = relay(&admitted, delivered, body, respond, until).await;
             (relayed, denial.as_ref().map(Denial::to_string).unwrap_or_default())
         }
     };
@@ -121,16 +123,20 @@ async fn stop(shard: &Shard, pod: &Pod, permit: policy::Admitted, denial: &mut O
 async fn relay(
     admitted: &Admitted,
     mut delivered: Delivered,
-    request: Request<RecvStream>,
+    body: RecvStream,
     respond: SendResponse<Bytes>,
     stop: impl Future<Output = Reason>,
 ) -> Relayed {
     let proof = admitted.proof.as_ref().map(|shown| &*shown.header);
     match server::accept(respond, proof) {
         Ok(send) => {
-            let recv = Recv::Open(request.into_body());
+            let recv = Recv::Open(body);
             let stream = Stream { send, recv, place: None, lease: Some(Arc::clone(&admitted.lease)) };
-            relay::relay(&mut delivered.app, stream, stop).await
+            let relayed = relay::relay(&mut delivered.app, stream, stop).await;
+            if relayed.from_app > 0 {
+                delivered.answered();
+            }
+            relayed
         }
         Err(error) => {
             relay::reset(&delivered.app);

@@ -46,19 +46,37 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// Lets go of what is closed, or was verified against another trust than `epoch`.
+    /// Lets go of what is closed, or was verified against other roots than `epoch`'s. What was made with
+    /// an earlier SVID goes too; in node scope only when there is a new connection, as the old one is as
+    /// good until then.
     pub(super) fn discard(&mut self, epoch: Option<Epoch>, cx: &mut Context<'_>) {
-        self.pooled.retain_mut(|p| Some(p.epoch) == epoch && p.tunnel.is_open(cx));
+        let renewed = self.is_fresh(epoch);
+        self.pooled.retain_mut(|p| {
+            let same_roots = epoch.is_some_and(|epoch| epoch.roots == p.epoch.roots);
+            let good = Some(p.epoch) == epoch || !renewed && p.proofs.is_some() && same_roots;
+            good && p.tunnel.is_open(cx)
+        });
+    }
+
+    fn is_fresh(&self, epoch: Option<Epoch>) -> bool {
+        self.pooled.iter().any(|p| Some(p.epoch) == epoch)
+    }
+
+    /// Whether a connection is to be dialled because there is none of this epoch, and none on its way; who
+    /// is told so must dial.
+    pub(super) fn begin_dial(&mut self, epoch: Option<Epoch>) -> bool {
+        !self.is_fresh(epoch) && !std::mem::replace(&mut self.dialling, true)
     }
 
     /// A place on the connection with the fewest streams, or one among those who wait; true asks for a
     /// dial.
-    pub(super) fn next(&mut self, max_streams: usize) -> (Next, bool) {
+    pub(super) fn next(&mut self, epoch: Option<Epoch>, max_streams: usize) -> (Next, bool) {
         let room = |p: &Pooled| p.tunnel.streams() < p.tunnel.allowed().min(max_streams);
         let best = self.pooled.iter_mut().filter(|p| room(p)).min_by_key(|p| p.tunnel.streams());
         if let Some(pooled) = best {
             pooled.idle_since = None;
-            return (Next::Place(pooled.tunnel.place(), pooled.proofs.clone()), false);
+            let next = Next::Place(pooled.tunnel.place(), pooled.proofs.clone());
+            return (next, self.begin_dial(epoch));
         }
         let (waiter, dialled) = oneshot::channel();
         self.waiting.push(waiter);

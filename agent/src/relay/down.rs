@@ -51,7 +51,12 @@ impl Down {
     }
 
     /// Moves what can be moved; ready once the peer's end was passed on.
-    pub(super) fn poll(&mut self, app: &TcpStream, cx: &mut Context<'_>) -> Poll<Result<(), Reason>> {
+    pub(super) fn poll(
+        &mut self,
+        app: &TcpStream,
+        app_ended: bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Reason>> {
         if self.ended {
             return Poll::Ready(Ok(()));
         }
@@ -62,10 +67,15 @@ impl Down {
             }
             if self.queue.is_empty() {
                 if !self.received_all {
+                    // An idle stream holds no buffer, however much has passed through it.
+                    self.tail = BytesMut::new();
+                    self.queue = VecDeque::new();
                     return Poll::Pending;
                 }
-                // The application may have closed already; then it does not need to be told.
-                let _ = SockRef::from(app).shutdown(std::net::Shutdown::Write);
+                if !app_ended {
+                    // The application may have closed already; then it does not need to be told.
+                    let _ = SockRef::from(app).shutdown(std::net::Shutdown::Write);
+                }
                 self.ended = true;
                 return Poll::Ready(Ok(()));
             }
