@@ -61,13 +61,13 @@ enum Output {
     Json,
 }
 
-/// Runs what the command line asks for.
-pub fn run() -> ExitCode {
+/// Runs what the command line asks for. `give_back` is the allocator's way to give free memory back.
+pub fn run(give_back: fn()) -> ExitCode {
     let cli = Cli::parse();
     let started = log::start(cli.log_format, cli.log.as_deref());
     let outcome = started.and_then(|()| {
         match cli.command {
-            Command::Agent(agent) => agent.run(),
+            Command::Agent(agent) => agent.run(give_back),
             Command::Authority(authority) => authority.run(),
             Command::Uninstall(uninstall) => uninstall.run(),
             Command::Check(check) => return check.run(),

@@ -31,9 +31,9 @@ pub const PROOF_HEADER: &str = "hauberk-proof";
 /// The request header by which the response is asked to prove the destination.
 pub const WANT_HEADER: &str = "hauberk-want";
 
-/// Largest DATA payload, sent and accepted. With its 9-byte frame header it fills sixteen TLS records
+/// Largest DATA payload, sent and accepted. With its 9-byte frame header it fills eight TLS records
 /// of 16 KiB exactly: one frame is one `write`, and wakes its reader once.
-pub const FRAME_BYTES: u32 = 256 * 1024 - 9;
+pub const FRAME_BYTES: u32 = 128 * 1024 - 9;
 
 /// HTTP/2's largest window (RFC 9113, section 6.9.1). A connection's window is never the limit, or a
 /// stalled stream could starve its neighbours; each stream's own window bounds what it can hold.

@@ -46,11 +46,12 @@ const DIALLED: usize = 1024;
 /// What readiness waits for.
 const CONDITIONS: [&str; 3] = ["node-svid", "pods-enrolled", "workload-svids"];
 
-/// Runs the agent until it is told to stop (SIGTERM, SIGINT).
+/// Runs the agent until it is told to stop (SIGTERM, SIGINT). `give_back` lets the allocator give free
+/// memory back.
 ///
 /// # Errors
 /// When it cannot start; one chain of causes that says what to mend.
-pub fn run(config: AgentConfig) -> Result<()> {
+pub fn run(config: AgentConfig, give_back: fn()) -> Result<()> {
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -58,13 +59,13 @@ pub fn run(config: AgentConfig) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start threads")?;
-    let outcome = runtime.block_on(serve(Arc::new(config)));
+    let outcome = runtime.block_on(serve(Arc::new(config), give_back));
     // A directory on a hung disk must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
 }
 
-async fn serve(config: Arc<AgentConfig>) -> Result<()> {
+async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let _lock = lock(&config.runtime_dir)?;
     let domain = &config.trust_domain;
     let node = SpiffeId::node(domain, &config.node).context("node")?;
@@ -85,6 +86,8 @@ async fn serve(config: Arc<AgentConfig>) -> Result<()> {
     let tunnel_port = config.tunnel.port;
     let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt)?);
     capture.beat();
+    // Loading the programs parses the kernel's types: some thirty megabytes that nothing needs any more.
+    give_back();
 
     let metrics = Arc::new(Metrics::new()?);
     let shared = shared(&config, &node, &trust, &directory, &policies, &capture, &metrics);

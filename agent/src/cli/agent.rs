@@ -15,8 +15,8 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn run(self) -> anyhow::Result<()> {
-        crate::run::run(AgentConfig::load(&self.config)?)
+    pub(super) fn run(self, give_back: fn()) -> anyhow::Result<()> {
+        crate::run::run(AgentConfig::load(&self.config)?, give_back)
     }
 }
 

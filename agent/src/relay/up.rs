@@ -14,7 +14,7 @@ use crate::hbone::{self, FRAME_BYTES};
 use crate::verdict::Reason;
 
 /// Grown in steps of several frames, so that an allocation serves many reads.
-const ARENA_BYTES: usize = 1024 * 1024;
+const ARENA_BYTES: usize = 256 * 1024;
 
 thread_local! {
     /// One buffer for all streams of a thread: idle streams hold none, and a small read takes only
