@@ -13,7 +13,12 @@ use anyhow::{Context, Result, ensure};
 use hauberk::ca::{Ca, ProvenKey, create_root};
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
+use hauberk::telemetry::{Metrics, Observe};
 use hauberk::tls;
+use hauberk::tls::client::Dial;
+use hauberk::tls::memory::Memory;
+use hauberk::tls::server::{Judged, Listener, Terms};
+use hauberk::tls::verify::Expected;
 use nix::time::{ClockId, clock_gettime};
 use rcgen::{CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::client::Resumption;
@@ -37,11 +42,21 @@ const TURN: usize = 20;
 /// A client and a server that belong together, and what their handshakes have cost so far.
 struct Pair {
     client: Arc<ClientConfig>,
-    server: Arc<ServerConfig>,
+    server: Accept,
+    /// What judges the server of a resumed session, as the agent's dialler does.
+    dial: Option<Arc<Dial>>,
     name: ServerName<'static>,
     kind: HandshakeKind,
     done: usize,
     spent: Spent,
+}
+
+/// How the server comes to its configuration.
+enum Accept {
+    /// One for all connections.
+    Fixed(Arc<ServerConfig>),
+    /// One for each, and a judgement when its handshake is done: the agents' way.
+    Ours(Arc<Listener>),
 }
 
 /// CPU time by side.
@@ -80,12 +95,13 @@ fn compare(mut pairs: [Pair; 2], seconds: f64) -> Result<Value> {
 impl Pair {
     fn new(
         client: Arc<ClientConfig>,
-        server: Arc<ServerConfig>,
+        server: Accept,
+        dial: Option<Arc<Dial>>,
         name: ServerName<'static>,
         resume: bool,
     ) -> Self {
         let kind = if resume { HandshakeKind::Resumed } else { HandshakeKind::Full };
-        Self { client, server, name, kind, done: 0, spent: Spent::default() }
+        Self { client, server, dial, name, kind, done: 0, spent: Spent::default() }
     }
 
     /// Warms up; whether a later handshake is of the kind that is to be measured.
@@ -110,7 +126,7 @@ impl Pair {
         let mut wire = Vec::with_capacity(8192);
         let mut client =
             timed(&mut spent.client, || ClientConnection::new(Arc::clone(&self.client), self.name.clone()))??;
-        let mut server = timed(&mut spent.server, || ServerConnection::new(Arc::clone(&self.server)))??;
+        let (mut server, judged) = timed(&mut spent.server, || self.accept())??;
         while client.wants_write() || server.wants_write() {
             timed(&mut spent.client, || send(&mut client, &mut wire))??;
             timed(&mut spent.server, || receive(&mut server, &mut wire))??;
@@ -118,7 +134,25 @@ impl Pair {
             timed(&mut spent.client, || receive(&mut client, &mut wire))??;
         }
         ensure!(!client.is_handshaking() && !server.is_handshaking(), "a handshake stopped half-way");
+        if let Some(judged) = judged {
+            let settle = || judged.settle(server.handshake_kind(), server.peer_certificates());
+            timed(&mut spent.server, settle)??;
+        }
+        if let Some(dial) = &self.dial {
+            let settle = || dial.settle(client.handshake_kind(), client.peer_certificates());
+            timed(&mut spent.client, settle)??;
+        }
         server.handshake_kind().context("a finished handshake is of some kind")
+    }
+
+    fn accept(&self) -> Result<(ServerConnection, Option<Judged>)> {
+        Ok(match &self.server {
+            Accept::Fixed(config) => (ServerConnection::new(Arc::clone(config))?, None),
+            Accept::Ours(listener) => {
+                let (config, judged) = listener.accept();
+                (ServerConnection::new(config)?, Some(judged))
+            }
+        })
     }
 
     fn per_second(&self) -> Value {
@@ -157,7 +191,7 @@ fn thread_time() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }
 
-/// What the agents use: SVIDs of the authority's CA, SPIFFE IDs verified on both sides.
+/// What the agents use, with their memory of verified chains: SVIDs of the authority's CA, SPIFFE IDs verified on both sides.
 fn hauberk(resume: bool) -> Result<Pair> {
     let (now, lifetime) = (SystemTime::now(), Duration::from_secs(3600));
     let domain = TrustDomain::parse("bench.local")?;
@@ -169,12 +203,23 @@ fn hauberk(resume: bool) -> Result<Pair> {
         Ok(key.with_chain(chain)?)
     };
     let (client, server) = (svid("client")?, svid("server")?);
-    let mut dial = tls::client::config(&client, ca.bundle(), server.id().clone())?;
-    if !resume {
-        Arc::make_mut(&mut dial).resumption = Resumption::disabled();
-    }
-    let accept = tls::server::config(&server, ca.bundle())?;
-    Ok(Pair::new(dial, accept, ServerName::from(std::net::Ipv4Addr::LOCALHOST), resume))
+    let observe = Observe::new(Arc::new(Metrics::new()?));
+    let memory = Memory::new(resume.then(tls::ticket::fleeting), observe);
+    let roots = memory.roots(ca.bundle(), 1)?;
+    let terms = Terms {
+        svid: &server,
+        roots: &roots,
+        peers: Expected::Member,
+        judge: None,
+        alpn: &[tls::ALPN_H2],
+        place: &[b"bench"],
+        mode: "strict",
+    };
+    let listener = memory.listener(&terms)?;
+    let dial = memory.dial(&client, &roots, Expected::Exactly(server.id().clone()), &[tls::ALPN_H2], None)?;
+    let config = Arc::clone(dial.config());
+    let name = ServerName::from(std::net::Ipv4Addr::LOCALHOST);
+    Ok(Pair::new(config, Accept::Ours(listener), Some(dial), name, resume))
 }
 
 /// rustls as one would set it up without SPIFFE: the same provider, keys of the same kind, WebPKI
@@ -215,5 +260,6 @@ fn bare(resume: bool) -> Result<Pair> {
     if !resume {
         client.resumption = Resumption::disabled();
     }
-    Ok(Pair::new(Arc::new(client), Arc::new(server), ServerName::try_from("peer.bench.local")?, resume))
+    let server = Accept::Fixed(Arc::new(server));
+    Ok(Pair::new(Arc::new(client), server, None, ServerName::try_from("peer.bench.local")?, resume))
 }

@@ -145,8 +145,14 @@ fn postgres() {
         let at = server.v4.to_string();
         let psql = |sql: &str| {
             let args = ["-h", &at, "-U", "postgres", "-Atc", sql];
-            world.get("client").host.run("psql", &args).unwrap().ok().unwrap()
+            world.get("client").host.run("psql", &args).unwrap().ok()
         };
+        // It listens before it is ready.
+        let until = std::time::Instant::now() + Duration::from_secs(30);
+        while psql("select 1").is_err() && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let psql = |sql: &str| psql(sql).unwrap();
         assert_eq!(psql("select inet_client_addr()"), format!("{}\n", world.get("client").v4));
         psql("create table t (x text)");
         psql(&format!("insert into t select '{SECRET}' from generate_series(1, 20000)"));
