@@ -182,19 +182,20 @@ impl Front {
         request: &Request<RecvStream>,
     ) -> Result<Admitted, Refusal> {
         let asked = server::parse(request).map_err(|reason| refusal(reason, request))?;
-        let (pod, admitted) = match (self, tunnel) {
+        let (pod, introduced) = match (self, tunnel) {
             // The tunnel's server identity is the pod's, so only the pod's own addresses may be named.
             (Self::Pod(pod), Tunnel::Workload { peer, lease }) if pod.has(asked.authority.ip()) => {
-                (pod, (peer.clone(), Arc::clone(lease), None))
+                (Arc::clone(pod), (peer.clone(), Arc::clone(lease), None))
             }
             (Self::Node(_), Tunnel::Node(proofs)) => {
                 let pod = shard.pods.at(asked.authority.ip());
                 let pod = pod.ok_or_else(|| refusal(Reason::NotLocal, request))?;
-                return finish(pod.clone(), asked, introduce(shard, proofs, &pod, request)?, request);
+                let introduced = introduce(shard, proofs, &pod, request)?;
+                (pod, introduced)
             }
             _ => return Err(refusal(Reason::NotLocal, request)),
         };
-        finish(Arc::clone(pod), asked, admitted, request)
+        finish(pod, asked, introduced, request)
     }
 }
 
