@@ -5,6 +5,8 @@
 //! be deferred: HTTP/2 flushes after each frame, but its driver flushes once for everything that its
 //! streams had ready ([`TlsStream::defer_flush`]).
 
+mod read;
+
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,31 +15,18 @@ use std::task::{Context, Poll, ready};
 use rustls::client::ClientConnectionData;
 use rustls::kernel::KernelConnection;
 use rustls::server::ServerConnectionData;
-use rustls::{
-    AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage, PeerMisbehaved,
-};
+use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::buffers::Buffer;
-use super::record::{
-    self, Content, HEADER_BYTES, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer, TAG_BYTES,
-};
+use super::record::{Content, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer};
 
 /// Sealed bytes that are written without waiting for a flush: a whole frame of a bulk stream.
 const WRITE_AT_BYTES: usize = 64 * 1024;
 /// A record is not begun with less room than this, unless it is the only one: little records are dear.
 const LEAST_ROOM_BYTES: usize = 2048;
-/// After reading this much the connection's task gives way. Otherwise it would take everything that the
-/// windows allow before the streams' tasks see a byte of it: they would write in bursts, give room
-/// back in bursts, and the two agents of a bulk transfer would work by turns instead of together.
-const BURST_BYTES: usize = 256 * 1024;
-/// Records without data that may come in a row: tickets and key updates are rare, and dear.
-const MAX_CONTROL_RECORDS: u32 = 32;
-/// Longest handshake message taken after the handshake: a ticket with a client's chain fits ten times.
-const MAX_MESSAGE_BYTES: usize = 64 * 1024;
 
-const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 /// `KeyUpdate { update_not_requested }` with its header (RFC 8446, section 4.6.3).
 const OUR_KEY_UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
@@ -272,179 +261,11 @@ impl Inner {
         ready!(self.poll_write_out(cx))?;
         Pin::new(&mut self.tcp).poll_shutdown(cx)
     }
-
-    fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = into.filled().len();
-        loop {
-            if let Err(error) = self.open_into(into) {
-                self.alert(FATAL, alert_for(&error));
-                return Poll::Ready(Err(broken(error)));
-            }
-            if into.filled().len() > before || into.remaining() == 0 || self.peer_closed {
-                return Poll::Ready(Ok(()));
-            }
-            ready!(self.poll_fill(cx))?;
-        }
-    }
-
-    /// Reads from TCP, much at once.
-    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.burst >= BURST_BYTES {
-            self.burst = 0;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        self.incoming.compact();
-        let mut buffer = ReadBuf::new(self.incoming.spare());
-        if Pin::new(&mut self.tcp).poll_read(cx, &mut buffer)?.is_pending() {
-            self.burst = 0;
-            self.incoming.give_back();
-            return Poll::Pending;
-        }
-        let read = buffer.filled().len();
-        if read == 0 {
-            // Without a close_notify this may be an attacker's cut (RFC 8446, section 6.1).
-            return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
-        }
-        self.incoming.fill(read);
-        self.burst += read;
-        Poll::Ready(Ok(()))
-    }
-
-    /// Opens records into the reader's buffer for as long as they are whole and fit.
-    fn open_into(&mut self, into: &mut ReadBuf<'_>) -> Result<(), Error> {
-        self.drain_plain(into);
-        while !self.peer_closed
-            && self.plain.is_empty()
-            && let Some(length) = self.whole_record()?
-        {
-            let room = length - TAG_BYTES;
-            if into.remaining() >= room {
-                let (content, held) = self.open(length, into.initialize_unfilled_to(room))?;
-                if content == Content::Data {
-                    into.advance(held);
-                } else {
-                    let message = into.initialize_unfilled_to(held).to_vec();
-                    self.control(content, &message)?;
-                }
-            } else if into.filled().is_empty() || into.remaining() > 0 {
-                self.open_aside(length)?;
-                self.drain_plain(into);
-            } else {
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-
-    /// The payload's length of the record that comes next, if it is there as a whole.
-    fn whole_record(&self) -> Result<Option<usize>, Error> {
-        let filled = self.incoming.filled();
-        let Some(header) = filled.first_chunk() else { return Ok(None) };
-        let length = record::payload_length(header)?;
-        Ok((filled.len() >= HEADER_BYTES + length).then_some(length))
-    }
-
-    /// Opens the next record, which is whole.
-    fn open(&mut self, length: usize, into: &mut [u8]) -> Result<(Content, usize), Error> {
-        let opened = {
-            let filled = self.incoming.filled();
-            let (header, rest) = filled.split_first_chunk().ok_or(Error::DecryptError)?;
-            self.opener.open(header, &rest[..length], into)?
-        };
-        self.incoming.consume(HEADER_BYTES + length);
-        match opened {
-            (Content::Data, held) if held > 0 => self.control_records = 0,
-            _ => self.control_records += 1,
-        }
-        if self.control_records > MAX_CONTROL_RECORDS {
-            return Err(Error::PeerMisbehaved(PeerMisbehaved::TooManyEmptyFragments));
-        }
-        Ok(opened)
-    }
-
-    /// Opens the next record into a buffer of our own: the reader's is too small for it.
-    fn open_aside(&mut self, length: usize) -> Result<(), Error> {
-        let mut aside = std::mem::take(&mut self.plain);
-        let opened = self.open(length, &mut aside.spare()[..length - TAG_BYTES]);
-        if let Ok((_, held)) = opened {
-            aside.fill(held);
-        }
-        let (content, _) = opened?;
-        if content == Content::Data {
-            self.plain = aside;
-            return Ok(());
-        }
-        let message = aside.filled().to_vec();
-        self.control(content, &message)
-    }
-
-    fn drain_plain(&mut self, into: &mut ReadBuf<'_>) {
-        let length = self.plain.len().min(into.remaining());
-        if length > 0 {
-            into.put_slice(&self.plain.filled()[..length]);
-            self.plain.consume(length);
-        }
-    }
-
-    fn control(&mut self, content: Content, bytes: &[u8]) -> Result<(), Error> {
-        if content == Content::Handshake {
-            return self.handshake(bytes);
-        }
-        match bytes.try_into().map(|[_, code]: [u8; 2]| AlertDescription::from(code)) {
-            Ok(AlertDescription::CloseNotify) => self.peer_closed = true,
-            Ok(AlertDescription::UserCanceled) => {}
-            Ok(description) => return Err(Error::AlertReceived(description)),
-            Err(_) => return Err(Error::InvalidMessage(InvalidMessage::MissingData("AlertDescription"))),
-        }
-        Ok(())
-    }
-
-    /// Messages after the handshake (RFC 8446, section 4.6).
-    fn handshake(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.message.extend_from_slice(bytes);
-        let mut messages = std::mem::take(&mut self.message);
-        let mut rest = messages.as_slice();
-        while let Some((&[kind, a, b, c], behind)) = rest.split_first_chunk() {
-            let length = u32::from_be_bytes([0, a, b, c]) as usize;
-            if length > MAX_MESSAGE_BYTES {
-                return Err(Error::InvalidMessage(InvalidMessage::HandshakePayloadTooLarge));
-            }
-            let Some((body, behind)) = behind.split_at_checked(length) else { break };
-            match (kind, body) {
-                (NEW_SESSION_TICKET, ticket) => self.session.ticket(ticket)?,
-                // A key may change at a record's end only (section 5.1).
-                (KEY_UPDATE, [asked @ (0 | 1)]) if behind.is_empty() => {
-                    self.opener = Opener::new(self.session.next_rx()?)?;
-                    self.owes_key_update |= *asked == 1;
-                }
-                (KEY_UPDATE, _) => return Err(Error::InvalidMessage(InvalidMessage::InvalidKeyUpdate)),
-                _ => return Err(inappropriate()),
-            }
-            rest = behind;
-        }
-        let done = messages.len() - rest.len();
-        messages.drain(..done);
-        self.message = messages;
-        Ok(())
-    }
 }
 
 /// As tokio-rustls reports rustls' errors, so that [`super::reason`] finds them.
 fn broken(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
-}
-
-fn alert_for(error: &Error) -> AlertDescription {
-    match error {
-        Error::DecryptError => AlertDescription::BadRecordMac,
-        Error::PeerSentOversizedRecord => AlertDescription::RecordOverflow,
-        Error::InvalidMessage(InvalidMessage::InvalidContentType | InvalidMessage::UnexpectedMessage(_)) => {
-            AlertDescription::UnexpectedMessage
-        }
-        Error::InvalidMessage(_) => AlertDescription::DecodeError,
-        _ => AlertDescription::InternalError,
-    }
 }
 
 impl AsyncRead for TlsStream {
