@@ -20,13 +20,14 @@ use tokio::time::timeout;
 
 use crate::deliver::Delivered;
 use crate::identity::svid::Leaf;
-use crate::pod::{Pod, Side};
+use crate::pod::Pod;
 use crate::policy::{Admitted, Attempt, Denial};
 use crate::pool::{Failure, dial};
 use crate::relay::splice::splice;
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
 use crate::telemetry::Finished;
+use crate::tls::roots::Usage;
 use crate::trust::Snapshot;
 use crate::verdict::{Direction, Encryption, Reason};
 
@@ -123,8 +124,8 @@ impl Passage {
         let trust = self.trust(shard).await;
         let now = SystemTime::now();
         let failure = |(reason, detail): (Reason, String)| Failure { reason, detail: detail.into() };
-        self.from.prove(Side::Client, &trust, now).map_err(failure)?;
-        self.to.prove(Side::Server, &trust, now).map_err(failure)?;
+        self.from.prove(Usage::Client, &trust, now).map_err(failure)?;
+        self.to.prove(Usage::Server, &trust, now).map_err(failure)?;
         let leaf = |pod: &Pod| trust.svids.get(&pod.workload.id).map(|svid| svid.leaf().clone());
         match (leaf(&self.from), leaf(&self.to)) {
             (Some(from), Some(to)) => Ok([from, to]),

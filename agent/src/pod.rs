@@ -15,12 +15,13 @@ use crate::directory::{Destination, Mode, Workload};
 use crate::identity::svid::X509Svid;
 use crate::tls;
 use crate::tls::memory::Memory;
+use crate::tls::roots::Usage;
 use crate::tls::server::{Listener, Terms};
 use crate::tls::verify::{Expected, Judge};
 use crate::trust::{Snapshot, Trust};
 use crate::verdict::Reason;
 use proof::Proof;
-pub use proof::{Refusal, Side};
+pub use proof::Refusal;
 
 /// An enrolled pod.
 #[derive(Debug)]
@@ -117,8 +118,8 @@ impl Pod {
     ///
     /// # Errors
     /// With what the peer would say, or [`Reason::NoSvid`] until one has been issued.
-    pub fn prove(&self, side: Side, trust: &Snapshot, now: SystemTime) -> Result<(), Refusal> {
-        self.proof.check(&self.workload, side, trust, now)
+    pub fn prove(&self, usage: Usage, trust: &Snapshot, now: SystemTime) -> Result<(), Refusal> {
+        self.proof.check(&self.workload, usage, trust, now)
     }
 
     /// The pod's address of the same family as `like`, with a port.

@@ -33,7 +33,19 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("balance", &["directory", "telemetry", "verdict"]),
     (
         "local",
-        &["deliver", "identity", "pod", "policy", "pool", "relay", "shard", "telemetry", "trust", "verdict"],
+        &[
+            "deliver",
+            "identity",
+            "pod",
+            "policy",
+            "pool",
+            "relay",
+            "shard",
+            "telemetry",
+            "tls",
+            "trust",
+            "verdict",
+        ],
     ),
     (
         "outbound",

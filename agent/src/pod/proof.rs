@@ -5,51 +5,39 @@
 //! verified by the verifier of the tunnel itself.
 
 use std::io;
-use std::ops::Range;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
-use rustls::client::danger::ServerCertVerifier;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::danger::ClientCertVerifier;
-use rustls::{CertificateError, Error};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use rustls::Error;
+use rustls::pki_types::UnixTime;
 
 use crate::directory::Workload;
 use crate::tls;
+use crate::tls::roots::{Usage, Verified};
 use crate::tls::verify::PeerVerifier;
 use crate::trust::Snapshot;
 use crate::verdict::Reason;
 
-/// The side of a connection that a workload would be on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// It opens the connection.
-    Client,
-    /// It is asked.
-    Server,
-}
-
 /// Why a workload is not believed: the label, and what an operator needs to know.
 pub type Refusal = (Reason, String);
 
-/// What was verified last, for each side.
+/// What was verified last, as a client and as a server.
 #[derive(Debug, Default)]
-pub(super) struct Proof([ArcSwapOption<Verified>; 2]);
+pub(super) struct Proof([ArcSwapOption<Known>; 2]);
 
 #[derive(Debug)]
-struct Verified {
-    /// Generation of the SVID, epoch of the bundle.
+struct Known {
+    /// Generation of the SVID, epoch of the bundle and its revocations.
     made_from: (u64, u64),
-    /// When every certificate of the chain is valid.
-    valid: Range<SystemTime>,
+    verified: Arc<Verified>,
 }
 
 impl Proof {
     pub(super) fn check(
         &self,
         workload: &Workload,
-        side: Side,
+        usage: Usage,
         trust: &Snapshot,
         now: SystemTime,
     ) -> Result<(), Refusal> {
@@ -59,58 +47,31 @@ impl Proof {
             .get(id)
             .ok_or_else(|| (Reason::NoSvid, format!("no SVID has been issued for {id} yet")))?;
         let wanted = (svid.generation(), trust.bundle_epoch);
-        let verified = &self.0[side as usize];
-        if verified.load().as_ref().is_some_and(|v| v.made_from == wanted && v.valid.contains(&now)) {
+        let now = UnixTime::since_unix_epoch(now.duration_since(UNIX_EPOCH).unwrap_or_default());
+        let known = &self.0[usage as usize];
+        let holds =
+            |k: &Arc<Known>| k.made_from == wanted && (k.verified.from..=k.verified.until).contains(&now);
+        if known.load().as_ref().is_some_and(holds) {
             return Ok(());
         }
-        let valid = PeerVerifier::new(&trust.bundle, Some(id.clone()))
-            .and_then(|verifier| verify(&verifier, side, &svid.certified_key().cert, now))
-            .map_err(|error| {
+        let verify = |verifier: Arc<PeerVerifier>| {
+            let chain = &svid.certified_key().cert;
+            let (leaf, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
+            verifier.verify(leaf, intermediates, now, usage)
+        };
+        let verified =
+            PeerVerifier::new(&trust.bundle, Some(id.clone())).and_then(verify).map_err(|error| {
                 let error = io::Error::other(error);
                 (tls::reason(&error), format!("the SVID held for {id}: {}", tls::explain(&error)))
             })?;
-        verified.store(Some(Verified { made_from: wanted, valid }.into()));
+        known.store(Some(Known { made_from: wanted, verified }.into()));
         Ok(())
     }
 }
 
-/// Verifies a chain as the other side would; says when all of it is valid.
-fn verify(
-    verifier: &PeerVerifier,
-    side: Side,
-    chain: &[CertificateDer<'_>],
-    now: SystemTime,
-) -> Result<Range<SystemTime>, Error> {
-    let (leaf, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
-    let at = UnixTime::since_unix_epoch(now.duration_since(UNIX_EPOCH).unwrap_or_default());
-    match side {
-        Side::Client => verifier.verify_client_cert(leaf, intermediates, at).map(|_| ())?,
-        Side::Server => {
-            // As in the dialler, the name only fills the API's place.
-            let nobody = ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into());
-            verifier.verify_server_cert(leaf, intermediates, &nobody, &[], at).map(|_| ())?;
-        }
-    }
-    validity(chain)
-}
-
-/// When every certificate of a chain is valid.
-fn validity(chain: &[CertificateDer<'_>]) -> Result<Range<SystemTime>, Error> {
-    let time = |seconds: i64| UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-    let mut all = UNIX_EPOCH..time(i64::MAX);
-    for certificate in chain {
-        let (_, certificate) = X509Certificate::from_der(certificate)
-            .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        let validity = certificate.validity();
-        all.start = all.start.max(time(validity.not_before.timestamp()));
-        all.end = all.end.min(time(validity.not_after.timestamp()));
-    }
-    Ok(all)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::ca::{Ca, ProvenKey, create_root};
@@ -157,8 +118,8 @@ mod tests {
 
         /// What either side says at a time; it must be the same.
         fn at(&self, now: SystemTime) -> Result<(), Reason> {
-            let said = [Side::Client, Side::Server].map(|side| {
-                self.proof.check(&self.workload, side, &self.trust.snapshot(), now).map_err(|(why, _)| why)
+            let said = [Usage::Client, Usage::Server].map(|usage| {
+                self.proof.check(&self.workload, usage, &self.trust.snapshot(), now).map_err(|(why, _)| why)
             });
             assert_eq!(said[0], said[1], "as client and as server");
             said[0]
