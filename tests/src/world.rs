@@ -34,6 +34,8 @@ pub struct World {
     services: Vec<Service>,
     /// Workloads that only the directory knows, as YAML.
     ghosts: Vec<String>,
+    /// Nodes that only the directory knows, with their addresses.
+    ghost_nodes: Vec<(String, String)>,
     options: Options,
 }
 
@@ -96,6 +98,7 @@ impl World {
             pods: BTreeMap::new(),
             services: Vec::new(),
             ghosts: Vec::new(),
+            ghost_nodes: Vec::new(),
             options,
         };
         std::fs::create_dir_all(world.dir()).context("a tmpfs at /dev/shm is needed")?;
@@ -238,11 +241,21 @@ impl World {
         self.services.push(Service { name: name.into(), address, port, target, endpoints });
     }
 
-    /// Lists a workload on node 2 that is no pod of this world.
+    /// Lists a workload that is no pod of this world, on a node that the directory does not list.
     pub fn ghost(&mut self, name: &str, address: &str) {
+        self.ghost_on("elsewhere", name, address);
+    }
+
+    /// Lists a workload that is no pod of this world, on a node by name.
+    pub fn ghost_on(&mut self, node: &str, name: &str, address: &str) {
         self.ghosts.push(format!(
-            "{{name: {name}, namespace: demo, serviceAccount: {name}, node: elsewhere, addresses: ['{address}']}}"
+            "{{name: {name}, namespace: demo, serviceAccount: {name}, node: {node}, addresses: ['{address}']}}"
         ));
+    }
+
+    /// Lists a node that is none of this world, so that agents look for node scope at its address.
+    pub fn ghost_node(&mut self, name: &str, address: &str) {
+        self.ghost_nodes.push((name.into(), address.into()));
     }
 
     /// Changes what the directory says of a pod, and writes it.
@@ -298,7 +311,8 @@ impl World {
         }
         if self.options.node_scope {
             text.push_str("nodes:\n");
-            for (node, address) in NODES {
+            let ghosts = self.ghost_nodes.iter().map(|(node, address)| (&**node, &**address));
+            for (node, address) in NODES.into_iter().chain(ghosts) {
                 writeln!(text, "  - {{name: {node}, address: {address}}}")?;
             }
         }

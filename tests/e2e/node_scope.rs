@@ -1,0 +1,428 @@
+//! Hostile and odd peers in node scope: a node with a good certificate is believed only what its workloads
+//! prove, and a node that proves nothing gets no byte of an application.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::client::SendRequest;
+use h2::server::SendResponse;
+use hauberk::ca::{Ca, ProvenKey};
+use hauberk::hbone::{PROOF_HEADER, REASON_HEADER, SOURCE_HEADER};
+use hauberk::identity::svid::X509Svid;
+use hauberk::identity::{SpiffeId, TrustDomain};
+use hauberk::issue::Keypair;
+use hauberk::proof::{Binding, Side, prove};
+use hauberk::tls::handshake::{self, Established};
+use hauberk::tls::{self, ALPN_H2, ALPN_NODE};
+use http::{HeaderValue, Method, Request, Response};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ServerConfig};
+use tests::{Agent, Mode, Options, World};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+
+const HOUR: Duration = Duration::from_secs(3600);
+/// Node 2's agent, for other nodes.
+const NODE: &str = "192.168.50.2:15008";
+/// Where the directory has the node `evil`, and its workload `mole`.
+const EVIL: &str = "192.168.60.2:15008";
+const MOLE: &str = "192.168.60.3:15008";
+
+fn domain() -> TrustDomain {
+    TrustDomain::parse("test.local").unwrap()
+}
+
+fn id(name: &str) -> SpiffeId {
+    SpiffeId::workload(&domain(), "demo", name).unwrap()
+}
+
+fn node(name: &str) -> SpiffeId {
+    SpiffeId::node(&domain(), name).unwrap()
+}
+
+/// A world whose directory lists a node `evil` with two workloads, and its CA's key in the wrong hands.
+struct Siege {
+    world: World,
+    ca: Ca,
+}
+
+impl Siege {
+    fn lay() -> Self {
+        let agent_yaml = "drainSeconds: 1\ntunnel: {handshakeTimeoutMs: 1500}\n".into();
+        let mut world = World::new(Options { agent_yaml, ..Options::default() }).unwrap();
+        world.pod("client", "n1", Mode::Strict).unwrap();
+        world.pod("server", "n2", Mode::Strict).unwrap();
+        world.ghost_node("evil", "192.168.60.2");
+        for (workload, address) in [("mole", "192.168.60.3"), ("rat", "192.168.60.4")] {
+            world.ghost_on("evil", workload, address);
+            world.host("out").ip(&["addr", "add", &format!("{address}/24"), "dev", "uplink"]).unwrap();
+        }
+        world.start().unwrap();
+        let pem = std::fs::read_to_string(world.dir().join("authority/ca.pem")).unwrap();
+        let ca = Ca::from_pem(domain(), &pem).unwrap();
+        Self { world, ca }
+    }
+
+    fn svid_of(&self, id: &SpiffeId, now: SystemTime) -> X509Svid {
+        let key = Keypair::generate().unwrap();
+        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+        key.with_chain(self.ca.issue(&proven, id, HOUR, now).unwrap()).unwrap()
+    }
+
+    fn svid(&self, id: &SpiffeId) -> X509Svid {
+        self.svid_of(id, SystemTime::now())
+    }
+
+    fn dials(&self, svid: &X509Svid, expected: SpiffeId, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+        let config = tls::client::config(svid, self.ca.bundle(), expected).unwrap();
+        let mut config = ClientConfig::clone(&config);
+        config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        Arc::new(config)
+    }
+
+    /// Runs an attack from the outside host.
+    fn attack<T: Send>(&self, attack: impl Future<Output = T> + Send) -> T {
+        let run = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), attack).await })
+        };
+        self.world.host("out").inside(run).unwrap().expect("the attack hangs")
+    }
+
+    /// A connection to node 2's agent as a node.
+    async fn intrude(&self, from: &str) -> Intruder {
+        let config = self.dials(&self.svid(&node(from)), node("n2"), &[ALPN_NODE]);
+        let to: SocketAddr = NODE.parse().unwrap();
+        let tcp = TcpStream::connect(to).await.unwrap();
+        let name = ServerName::IpAddress(to.ip().into());
+        let Established { stream, session } = handshake::connect(config, name, tcp).await.unwrap();
+        let (send, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        let binding = Binding { exporter: session.exporter, client: node(from), server: node("n2") };
+        Intruder { send, binding }
+    }
+
+    /// The agent on node 2 counted so many refusals under a reason, and told of it in the log.
+    fn refused_for(&self, reason: &str, times: u32) {
+        let (agent, label) = (self.world.agent_ref("n2"), format!("reason=\"{reason}\""));
+        let labels = ["inbound", "denied", &label];
+        agent.wait_metric("hauberk_connections_total", &labels, times.into()).unwrap();
+        told(agent, &label);
+    }
+
+    /// Honest members are still served.
+    fn still_serves(&self) {
+        let server = self.world.get("server");
+        let _echo = server.host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
+        let seen = self.world.get("client").host.actor(&["many", &server.v4(8080), "20", "4"]).unwrap();
+        assert_eq!(seen["ok"], 20, "{seen}");
+    }
+}
+
+fn told(agent: &Agent, words: &str) {
+    let log = agent.log();
+    assert!(log.lines().any(|line| line.contains(words)), "the log tells {words}:\n{}", agent.log_tail(10));
+}
+
+/// A node that is in, and may say what it likes.
+struct Intruder {
+    send: SendRequest<Bytes>,
+    binding: Binding,
+}
+
+impl Intruder {
+    fn proves(&self, svid: &X509Svid) -> String {
+        prove(svid, &self.binding, Side::Client).unwrap()
+    }
+
+    /// Asks for a stream, and says how it is answered: by the reason's word, or by the status.
+    async fn ask(
+        &self,
+        to: &str,
+        source: Option<&SpiffeId>,
+        proof: Option<&str>,
+    ) -> Result<String, h2::Error> {
+        let mut request = Request::builder().method(Method::CONNECT).uri(to);
+        if let Some(source) = source {
+            request = request.header(SOURCE_HEADER, source.as_str());
+        }
+        if let Some(proof) = proof {
+            request = request.header(PROOF_HEADER, proof);
+        }
+        let mut send = self.send.clone().ready().await?;
+        let (response, _body) = send.send_request(request.body(()).unwrap(), false)?;
+        let response = response.await?;
+        let word = response.headers().get(REASON_HEADER).map(|word| word.to_str().unwrap().to_owned());
+        Ok(word.unwrap_or_else(|| response.status().as_u16().to_string()))
+    }
+}
+
+#[test]
+fn a_node_is_believed_only_what_a_workload_of_it_proves_on_this_very_connection() {
+    let siege = Siege::lay();
+    let server = siege.world.get("server");
+    let _echo = server.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap();
+    let (mole, rat, client) = (id("mole"), id("rat"), id("client"));
+    let [key, evil, stolen] = [&mole, &node("evil"), &client].map(|id| siege.svid(id));
+    let expired = siege.svid_of(&rat, SystemTime::now() - 2 * HOUR);
+    siege.attack(async {
+        let (one, other) = (siege.intrude("evil").await, siege.intrude("evil").await);
+        let unlisted = siege.intrude("nowhere").await;
+        let to = server.v4(8081);
+        let backwards = prove(&key, &one.binding, Side::Server).unwrap();
+        // A proof that another node has made for its own connection, as an unknown key share would.
+        let shared = Binding { client: node("n1"), ..one.binding.clone() };
+        let shared = prove(&key, &shared, Side::Client).unwrap();
+        let cases = [
+            ("no source", &one, None, None, "unproven"),
+            ("no proof", &one, Some(&mole), None, "unproven"),
+            ("another connection's proof", &one, Some(&mole), Some(other.proves(&key)), "bad_proof"),
+            ("a server's proof", &one, Some(&mole), Some(backwards), "bad_proof"),
+            ("another node's proof", &one, Some(&mole), Some(shared), "bad_proof"),
+            ("another source's proof", &one, Some(&rat), Some(one.proves(&key)), "bad_proof"),
+            ("a node's own identity", &one, Some(&evil.id().clone()), Some(one.proves(&evil)), "bad_proof"),
+            ("an expired certificate", &one, Some(&rat), Some(one.proves(&expired)), "expired"),
+            ("a key stolen from node 1", &one, Some(&client), Some(one.proves(&stolen)), "not_placed"),
+            ("a node nobody lists", &unlisted, Some(&mole), Some(unlisted.proves(&key)), "not_placed"),
+            ("its own workload", &one, Some(&mole), Some(one.proves(&key)), "200"),
+            ("and once it is proven", &one, Some(&mole), None, "200"),
+            ("proven on the other only", &other, Some(&mole), None, "unproven"),
+        ]
+        .map(|(what, on, source, proof, expected)| (what, on, source.cloned(), proof, expected));
+        for (what, on, source, proof, expected) in cases {
+            let answer = on.ask(&to, source.as_ref(), proof.as_deref()).await.unwrap();
+            assert_eq!(answer, expected, "{what}");
+        }
+    });
+    for (reason, times) in [("unproven", 3), ("bad_proof", 5), ("expired", 1), ("not_placed", 2)] {
+        siege.refused_for(reason, times);
+    }
+    for detail in ["was not signed for this connection", "sa/mole, the stream of", "on node evil"] {
+        told(siege.world.agent_ref("n2"), detail);
+    }
+    siege.still_serves();
+}
+
+#[test]
+fn a_proven_workload_reaches_nothing_but_the_applications_of_this_nodes_pods() {
+    let siege = Siege::lay();
+    let (server, far) = (siege.world.get("server"), siege.world.get("client").v4(80));
+    let (mole, key) = (id("mole"), siege.svid(&id("mole")));
+    siege.attack(async {
+        let evil = siege.intrude("evil").await;
+        let proof = evil.proves(&key);
+        for (to, expected) in [
+            (far.as_str(), "not_local"),
+            (NODE, "not_local"),
+            ("127.0.0.1:15020", "not_local"),
+            (&server.v4(15008), "agent_port"),
+            (&server.v4(15001), "agent_port"),
+            ("web.demo:80", "bad_request"),
+        ] {
+            assert_eq!(evil.ask(to, Some(&mole), Some(&proof)).await.unwrap(), expected, "{to}");
+        }
+    });
+    for (reason, times) in [("not_local", 3), ("agent_port", 2), ("bad_request", 1)] {
+        siege.refused_for(reason, times);
+    }
+    siege.still_serves();
+}
+
+#[test]
+fn proofs_that_are_none_end_the_connection_and_large_ones_the_stream() {
+    let siege = Siege::lay();
+    let (to, mole, key) = (siege.world.get("server").v4(8081), id("mole"), siege.svid(&id("mole")));
+    siege.attack(async {
+        let evil = siege.intrude("evil").await;
+        for tried in 0..16 {
+            let answer = evil.ask(&to, Some(&mole), Some("AQ")).await.unwrap();
+            assert_eq!(answer, "bad_proof", "after {tried}");
+        }
+        let proof = evil.proves(&key);
+        evil.ask(&to, Some(&mole), Some(&proof)).await.expect_err("also a good proof comes too late");
+
+        let evil = siege.intrude("evil").await;
+        let large = "A".repeat(13 * 1024);
+        assert_eq!(evil.ask(&to, Some(&mole), Some(&large)).await.unwrap(), "bad_proof", "13 KiB");
+        let larger = "A".repeat(20 * 1024);
+        match evil.ask(&to, Some(&mole), Some(&larger)).await {
+            Ok(answer) => assert_eq!(answer, "431", "20 KiB"),
+            Err(error) => assert!(error.is_remote(), "20 KiB: {error}"),
+        }
+    });
+    siege.refused_for("bad_proof", 17);
+    siege.refused_for("http2", 1);
+    told(siege.world.agent_ref("n2"), "too many identity proofs that prove nothing");
+    siege.still_serves();
+}
+
+/// Whether a server lets the connection live: it sends its HTTP/2 settings, or an alert.
+async fn is_let_in(to: &str, config: Arc<ClientConfig>) -> bool {
+    let to: SocketAddr = to.parse().unwrap();
+    let tcp = TcpStream::connect(to).await.unwrap();
+    let name = ServerName::IpAddress(to.ip().into());
+    let Ok(mut made) = handshake::connect(config, name, tcp).await else { return false };
+    matches!(made.stream.read(&mut [0; 64]).await, Ok(length) if length > 0)
+}
+
+#[test]
+fn nodes_and_workloads_are_let_in_at_their_own_listeners_with_their_own_protocol_only() {
+    let siege = Siege::lay();
+    let pod = siege.world.get("server").v4(15008);
+    let (evil, mole) = (siege.svid(&node("evil")), siege.svid(&id("mole")));
+    let try_in = |to: &str, svid: &X509Svid, expected: SpiffeId, alpn: &[&[u8]]| {
+        siege.attack(is_let_in(to, siege.dials(svid, expected, alpn)))
+    };
+    assert!(!try_in(NODE, &mole, node("n2"), &[ALPN_NODE]), "a workload as a node");
+    siege.refused_for("wrong_identity", 1);
+    assert!(!try_in(NODE, &evil, node("n2"), &[ALPN_H2]), "HBONE at a node");
+    assert!(!try_in(NODE, &evil, node("n2"), &[]), "no protocol at a node");
+    assert!(!try_in(&pod, &mole, id("server"), &[ALPN_NODE]), "node scope at a pod");
+    siege.refused_for("no_protocol", 3);
+    assert!(try_in(NODE, &evil, node("n2"), &[ALPN_NODE]), "a node is let in at a node");
+    assert!(try_in(&pod, &mole, id("server"), &[ALPN_H2]), "a workload is let in at a pod");
+    siege.still_serves();
+}
+
+/// How a fake agent answers for `mole`.
+#[derive(Clone, Copy, Debug)]
+enum Answer {
+    /// Grants the stream, and sends the opener's own proof back.
+    Reflected,
+    /// Grants the stream without a word of who grants it.
+    Unproven,
+    /// Proves another workload.
+    Other,
+    /// Proves `mole`.
+    Good,
+}
+
+/// What a fake agent has, and what it has got.
+struct Fake {
+    answer: Mutex<Answer>,
+    node: SpiffeId,
+    mole: X509Svid,
+    rat: X509Svid,
+    streams: AtomicUsize,
+    payload: AtomicUsize,
+}
+
+impl Siege {
+    /// A fake agent at an address of the outside host; it serves until the test process ends.
+    fn fake(&self, at: &'static str, svid: &X509Svid, alpn: &[u8], answer: Answer) -> Arc<Fake> {
+        let config = tls::server::config(svid, self.ca.bundle()).unwrap();
+        let mut config = ServerConfig::clone(&config);
+        config.alpn_protocols = vec![alpn.to_vec()];
+        let (answer, node) = (Mutex::new(answer), svid.id().clone());
+        let [mole, rat] = ["mole", "rat"].map(|name| self.svid(&id(name)));
+        let (streams, payload) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let fake = Arc::new(Fake { answer, node, mole, rat, streams, payload });
+        let listener = self.world.host("out").inside(|| std::net::TcpListener::bind(at).unwrap()).unwrap();
+        let (serving, config) = (Arc::clone(&fake), Arc::new(config));
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async move {
+                listener.set_nonblocking(true).unwrap();
+                let listener = TcpListener::from_std(listener).unwrap();
+                while let Ok((tcp, _)) = listener.accept().await {
+                    tokio::spawn(Arc::clone(&serving).tunnel(Arc::clone(&config), tcp));
+                }
+            });
+        });
+        fake
+    }
+
+    /// A client's application sends a byte to `mole`; how that ends.
+    fn poke(&self) -> serde_json::Value {
+        self.world.get("client").host.actor(&["poke", "192.168.60.3:80"]).unwrap()["end"].clone()
+    }
+}
+
+impl Fake {
+    async fn tunnel(self: Arc<Self>, config: Arc<ServerConfig>, tcp: TcpStream) {
+        let Ok(Established { stream, session }) = handshake::accept(config, tcp).await else { return };
+        let binding = Binding { exporter: session.exporter, client: node("n1"), server: self.node.clone() };
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((request, respond))) = connection.accept().await {
+            tokio::spawn(Arc::clone(&self).grant(binding.clone(), request, respond));
+        }
+    }
+
+    async fn grant(
+        self: Arc<Self>,
+        binding: Binding,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+    ) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        let proven = |svid| HeaderValue::from_str(&prove(svid, &binding, Side::Server).unwrap()).unwrap();
+        let proof = match *self.answer.lock().unwrap() {
+            Answer::Reflected => Some(request.headers()[PROOF_HEADER].clone()),
+            Answer::Unproven => None,
+            Answer::Other => Some(proven(&self.rat)),
+            Answer::Good => Some(proven(&self.mole)),
+        };
+        // An application's bytes that did not wait for the answer would be here by then.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let mut response = Response::new(());
+        if let Some(proof) = proof {
+            response.headers_mut().insert(PROOF_HEADER, proof);
+        }
+        let mut send = respond.send_response(response, false).unwrap();
+        let mut body = request.into_body();
+        while let Some(Ok(data)) = body.data().await {
+            self.payload.fetch_add(data.len(), Ordering::Relaxed);
+            let _ = send.send_data(data, false);
+        }
+    }
+}
+
+#[test]
+fn a_node_that_does_not_prove_the_destination_gets_no_byte_of_the_application() {
+    let siege = Siege::lay();
+    let fake = siege.fake(EVIL, &siege.svid(&node("evil")), ALPN_NODE, Answer::Reflected);
+    let cases =
+        [(Answer::Reflected, "bad_proof"), (Answer::Unproven, "unproven"), (Answer::Other, "wrong_identity")];
+    for (tried, (answer, reason)) in cases.into_iter().enumerate() {
+        *fake.answer.lock().unwrap() = answer;
+        assert_eq!(siege.poke(), "reset", "{answer:?}");
+        assert_eq!(fake.streams.load(Ordering::Relaxed), tried + 1, "{answer:?}: it was asked once");
+        let label = format!("reason=\"{reason}\"");
+        let agent = siege.world.agent_ref("n1");
+        agent.wait_metric("hauberk_connections_total", &["outbound", &label], 1.0).unwrap();
+        told(agent, &label);
+        assert_eq!(fake.payload.load(Ordering::Relaxed), 0, "{answer:?}: bytes of the application arrived");
+    }
+    *fake.answer.lock().unwrap() = Answer::Good;
+    assert_eq!(siege.poke(), "data", "the same node is spoken to once it proves the destination");
+    assert_eq!(fake.payload.load(Ordering::Relaxed), 1, "the application's one byte arrived");
+    siege.still_serves();
+}
+
+#[test]
+fn where_nothing_listens_at_a_nodes_address_its_workloads_are_dialled() {
+    let siege = Siege::lay();
+    let mole = siege.fake(MOLE, &siege.svid(&id("mole")), ALPN_H2, Answer::Unproven);
+    assert_eq!(siege.poke(), "data");
+    assert_eq!(mole.streams.load(Ordering::Relaxed), 1);
+    told(siege.world.agent_ref("n1"), "no node scope there; dialling its workloads for a while");
+    siege.still_serves();
+}
+
+#[test]
+fn a_wrong_identity_at_a_nodes_address_is_an_error_and_no_reason_to_fall_back() {
+    let siege = Siege::lay();
+    let evil = siege.fake(EVIL, &siege.svid(&node("elsewhere")), ALPN_NODE, Answer::Good);
+    let mole = siege.fake(MOLE, &siege.svid(&id("mole")), ALPN_H2, Answer::Unproven);
+    assert_eq!(siege.poke(), "reset");
+    let labels = ["outbound", "reason=\"wrong_identity\""];
+    siege.world.agent_ref("n1").wait_metric("hauberk_connections_total", &labels, 1.0).unwrap();
+    let asked = [&evil, &mole].map(|fake| fake.streams.load(Ordering::Relaxed));
+    assert_eq!(asked, [0, 0], "neither was asked for a stream");
+    siege.still_serves();
+}
