@@ -5,7 +5,7 @@ use clap::Args;
 
 use crate::shell::{command, root, run, step};
 
-const TARGETS: [&str; 6] = ["spiffe_id", "svid", "connect", "bundle", "csr", "policy"];
+const TARGETS: [&str; 8] = ["spiffe_id", "svid", "connect", "bundle", "csr", "policy", "ticket", "proof"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {

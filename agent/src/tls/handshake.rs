@@ -155,9 +155,7 @@ async fn run<C: Connection>(
             }
             Ok(Step::Done) => break,
             Err(error) => {
-                // rustls has an alert ready that tells the peer; the error itself matters more. Once and no
-                // more: asked again after that, it would look at the bad bytes again, and panic.
-                let _ = step(&mut connection, &mut flights);
+                last_words(&mut connection, &mut flights);
                 let _ = send(&mut tcp, &mut flights).await;
                 return Err(broken(error));
             }
@@ -165,6 +163,26 @@ async fn run<C: Connection>(
     }
     send(&mut tcp, &mut flights).await?;
     established(connection, tcp, &flights, exporter).map_err(broken)
+}
+
+/// Takes what rustls has ready after an error: the rest of its flight, then the alert that tells the peer.
+/// The error itself matters more. Nothing is asked of it behind the alert: it would look at the bad bytes
+/// again, and panic.
+fn last_words<C: Connection>(connection: &mut C, flights: &mut Flights) {
+    loop {
+        let said = flights.outgoing.len();
+        let again = matches!(step(connection, flights), Ok(Step::Again));
+        let record = flights.outgoing.get(said..).unwrap_or_default();
+        if !again || record.is_empty() || is_alert(record) {
+            return;
+        }
+    }
+}
+
+/// An alert is two bytes; encrypted (RFC 8446, section 5.2), with its type and a tag of 16 bytes, it is
+/// shorter than any handshake message.
+fn is_alert(record: &[u8]) -> bool {
+    matches!(record, [21, ..] | [23, _, _, 0, 19, ..])
 }
 
 /// Lets rustls go on until it wants something.
