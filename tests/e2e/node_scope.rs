@@ -284,6 +284,8 @@ fn nodes_and_workloads_are_let_in_at_their_own_listeners_with_their_own_protocol
     assert!(!try_in(NODE, &evil, node("n2"), &[]), "no protocol at a node");
     assert!(!try_in(&pod, &mole, id("server"), &[ALPN_NODE]), "node scope at a pod");
     siege.refused_for("no_protocol", 3);
+    assert!(!try_in(&pod, &evil, id("server"), &[ALPN_H2]), "a node as a workload");
+    siege.refused_for("wrong_identity", 2);
     assert!(try_in(NODE, &evil, node("n2"), &[ALPN_NODE]), "a node is let in at a node");
     assert!(try_in(&pod, &mole, id("server"), &[ALPN_H2]), "a workload is let in at a pod");
     siege.still_serves();

@@ -82,7 +82,7 @@ impl Node {
     }
 }
 
-/// Lets in, to a pod's own tunnel, who may reach the pod on some port; asked in full handshakes, and again
+/// Lets in, to a pod's own tunnel, workloads that may reach the pod on some port; asked in full handshakes, and again
 /// whenever a session is resumed. Each stream is judged for itself.
 #[derive(Debug)]
 struct MayReach {
@@ -92,6 +92,10 @@ struct MayReach {
 
 impl Judge for MayReach {
     fn judge(&self, peer: &Leaf, _: UnixTime) -> Result<(), Refused> {
+        if peer.id.node_name().is_some() {
+            let detail = format!("{} is a node's agent; here workloads speak for themselves", peer.id);
+            return Err(Refused { reason: Reason::WrongIdentity, detail });
+        }
         if self.policies.may_reach(&peer.id, &self.workload) {
             return Ok(());
         }
