@@ -23,7 +23,8 @@ fn now() -> UnixTime {
 
 fuzz_target!(|bytes: &[u8]| {
     let (keys, binding, sealed) = &*KEYS;
-    assert!(keys.open(binding, bytes, now()).is_err());
+    // The fuzzer watches comparisons, and so gets to know the good one.
+    assert_eq!(keys.open(binding, bytes, now()).is_ok(), bytes == sealed.as_slice());
     // The same bytes as a change of a good ticket: past its header, which names a key they cannot guess.
     let changed: Vec<u8> =
         sealed.iter().enumerate().map(|(at, byte)| byte ^ bytes.get(at).copied().unwrap_or(0)).collect();
