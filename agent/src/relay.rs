@@ -12,7 +12,6 @@ mod up;
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -96,9 +95,4 @@ pub async fn failed(app: &TcpStream) -> io::Error {
         Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
         Err(error) => error,
     }
-}
-
-/// The application's end of a connection, for logs.
-pub fn peer(app: &TcpStream) -> Option<SocketAddr> {
-    app.peer_addr().ok().map(|a| SocketAddr::new(a.ip().to_canonical(), a.port()))
 }

@@ -42,6 +42,11 @@ pub struct Settled {
 /// The same between two agents of ours, whose connection carries many workloads (see `proof`).
 pub const ALPN_NODE: &[u8] = b"hauberk/1";
 
+/// rustls' error as an I/O error, the way tokio-rustls has it, so that [`reason`] and [`explain`] find it.
+pub(crate) fn broken(error: Error) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidData, error)
+}
+
 /// Why a handshake failed, from the error rustls or the socket gave.
 pub fn reason(error: &std::io::Error) -> Reason {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {

@@ -188,7 +188,8 @@ impl Dialer {
         snapshot: &Snapshot,
         tcp: TcpStream,
     ) -> Result<Made, Refusal> {
-        let dial = self.how(key, svid, snapshot).map_err(|e| Refusal { error: into(e), resumed: false })?;
+        let dial =
+            self.how(key, svid, snapshot).map_err(|e| Refusal { error: tls::broken(e), resumed: false })?;
         // SNI is off and identities are SPIFFE IDs: the name only tells sessions apart.
         let name = ServerName::IpAddress(key.address.ip().into());
         let Established { stream, session } =
@@ -196,10 +197,10 @@ impl Dialer {
         let resumed = session.kind == HandshakeKind::Resumed;
         let settled = dial
             .settle(Some(session.kind), session.peer_chain())
-            .map_err(|error| Refusal { error: into(error), resumed })?;
+            .map_err(|error| Refusal { error: tls::broken(error), resumed })?;
         if session.alpn.as_deref() != Some(alpn(key)) {
             // The peer speaks TLS, and went on without choosing what is spoken inside.
-            return Err(Refusal { error: into(rustls::Error::NoApplicationProtocol), resumed: false });
+            return Err(Refusal { error: tls::broken(rustls::Error::NoApplicationProtocol), resumed: false });
         }
         let proofs = key.destination.node_name().map(|_| {
             let (client, server) = (key.source.clone(), key.destination.clone());
@@ -247,10 +248,6 @@ impl<E: Into<io::Error>> From<E> for Refusal {
     fn from(error: E) -> Self {
         Self { error: error.into(), resumed: false }
     }
-}
-
-fn into(error: rustls::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 /// Names the state of trust that an SVID and a snapshot make.

@@ -14,6 +14,7 @@ use rustls::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use super::broken;
 use super::exporter::Exporter;
 use super::stream::{Session, TlsStream};
 
@@ -280,8 +281,4 @@ fn established<C: Connection>(
     let (secrets, session, suite) = connection.finish()?;
     let stream = TlsStream::new(tcp, secrets, suite, session, &flights.incoming, &flights.plain)?;
     Ok(Established { stream, session: facts })
-}
-
-fn broken(error: Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }

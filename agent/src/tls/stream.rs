@@ -19,6 +19,7 @@ use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::broken;
 use super::buffers::Buffer;
 use super::record::{Content, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer};
 
@@ -261,11 +262,6 @@ impl Inner {
         ready!(self.poll_write_out(cx))?;
         Pin::new(&mut self.tcp).poll_shutdown(cx)
     }
-}
-
-/// As tokio-rustls reports rustls' errors, so that [`super::reason`] finds them.
-fn broken(error: Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 impl AsyncRead for TlsStream {

@@ -7,8 +7,9 @@ use std::task::{Context, Poll, ready};
 use rustls::{AlertDescription, Error, InvalidMessage, PeerMisbehaved};
 use tokio::io::{AsyncRead, ReadBuf};
 
+use super::super::broken;
 use super::super::record::{self, Content, HEADER_BYTES, Opener, TAG_BYTES};
-use super::{FATAL, Inner, KEY_UPDATE, broken, inappropriate};
+use super::{FATAL, Inner, KEY_UPDATE, inappropriate};
 
 /// After reading this much the connection's task gives way. Otherwise it would take everything that the
 /// windows allow before the streams' tasks see a byte of it: they would write in bursts, give room
