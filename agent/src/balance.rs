@@ -122,7 +122,7 @@ impl Balance {
     }
 
     fn health(&self, known: &mut Known, at: &Destination) -> Arc<Health> {
-        let name = format!("{}/{}", at.workload.namespace, at.workload.name);
+        let name = at.workload.full_name();
         if let Some((of, health)) = known.get(&at.address)
             && *of == name
             && let Some(health) = health.upgrade()

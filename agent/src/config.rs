@@ -53,6 +53,16 @@ pub enum ConfigError {
     },
 }
 
+/// Where in a file, and what is wrong there.
+pub type Fault = (String, String);
+
+impl ConfigError {
+    /// A value that cannot work, in this file.
+    pub(crate) fn invalid(path: &Path, (field, message): Fault) -> Self {
+        Self::Invalid { path: path.into(), field, message }
+    }
+}
+
 /// Reads and parses a YAML file, with its size bounded.
 ///
 /// # Errors
@@ -249,11 +259,9 @@ impl AgentConfig {
     /// One line that names file, field and remedy.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let config: Self = read_yaml(path)?;
-        config.validate().map_err(|(field, message)| ConfigError::Invalid {
-            path: path.into(),
-            field: field.into(),
-            message: message.into(),
-        })?;
+        config
+            .validate()
+            .map_err(|(field, message)| ConfigError::invalid(path, (field.into(), message.into())))?;
         Ok(config)
     }
 

@@ -48,6 +48,19 @@ pub struct Workload {
     pub netns: Option<PathBuf>,
 }
 
+impl Workload {
+    /// `namespace/name`, by which logs and the admin server call it.
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// Its address of the same family as `like`, with a port.
+    pub fn address(&self, like: IpAddr, port: u16) -> Option<SocketAddr> {
+        let ip = self.addresses.iter().find(|a| a.is_ipv4() == like.is_ipv4())?;
+        Some(SocketAddr::new(*ip, port))
+    }
+}
+
 /// A node with an agent of ours on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -109,8 +122,7 @@ impl Endpoints {
     /// Each endpoint in the mesh, at its address of the same family as the service's.
     pub fn destinations(&self) -> impl Iterator<Item = Destination> + '_ {
         self.service.endpoints.iter().filter(|w| w.mode != Mode::Off).filter_map(|workload| {
-            let ip = workload.addresses.iter().find(|a| a.is_ipv4() == self.address.is_ipv4())?;
-            let address = SocketAddr::new(*ip, self.target);
+            let address = workload.address(self.address.ip(), self.target)?;
             Some(Destination { workload: Arc::clone(workload), address })
         })
     }

@@ -14,7 +14,6 @@ use crate::capture::{Capture, CaptureError, Listeners};
 use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, Workload};
-use crate::identity::SpiffeId;
 use crate::inbound::Node;
 use crate::netns::Netns;
 use crate::pod::{Pod, Pods};
@@ -108,10 +107,8 @@ impl Enroller {
         };
         self.serve_node(directory);
         let node = self.config.node.clone();
-        let wanted: BTreeMap<Name, &Arc<Workload>> = directory
-            .enrolled_on(&node)
-            .map(|workload| (format!("{}/{}", workload.namespace, workload.name), workload))
-            .collect();
+        let wanted: BTreeMap<Name, &Arc<Workload>> =
+            directory.enrolled_on(&node).map(|workload| (workload.full_name(), workload)).collect();
         let stale: Vec<Name> = self
             .enrolled
             .iter()
@@ -142,22 +139,20 @@ impl Enroller {
         if let Some((_, front)) = self.front.take() {
             front.gone.cancel();
         }
-        let Some(address) = wanted else { return };
+        let Some((node, address)) = node.zip(wanted) else { return };
         let listeners: io::Result<Vec<_>> = self.threads.iter().map(|_| Listeners::at(address)).collect();
-        let id = SpiffeId::node(&self.config.trust_domain, &self.config.node);
-        match (listeners, id) {
-            (Ok(listeners), Ok(id)) => {
-                let front = Node::new(id);
+        match listeners {
+            Ok(listeners) => {
+                let front = Node::new(node.id.clone());
                 for (thread, listener) in self.threads.iter().zip(listeners) {
                     thread.serve_node(Arc::clone(&front), listener);
                 }
                 tracing::info!(%address, "listening for other nodes' agents");
                 self.front = Some((address, front));
             }
-            (Err(error), _) => {
+            Err(error) => {
                 tracing::error!(%address, %error, "cannot listen for other nodes' agents; they reach the pods one by one; trying again every second");
             }
-            (_, Err(error)) => tracing::error!(%error, "this node has no SPIFFE ID"),
         }
     }
 

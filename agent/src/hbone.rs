@@ -81,16 +81,7 @@ impl Recv {
     pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Result<&mut RecvStream, Reason>> {
         if let Self::Pending(response, proof) = self {
             let response = ready!(Pin::new(response).poll(cx)).map_err(|error| reason(&error))?;
-            let granted = response.status() == StatusCode::OK;
-            let refused = if granted { None } else { Some(refusal(&response)) };
-            if let Some(proof) = proof
-                && (granted || refused == Some(Reason::Unproven))
-            {
-                proof.store(granted, Ordering::Release);
-            }
-            if let Some(refused) = refused {
-                return Poll::Ready(Err(refused));
-            }
+            let response = granted(response, proof.as_deref())?;
             *self = Self::Open(response.into_body());
         }
         match self {
@@ -106,6 +97,23 @@ impl Recv {
     pub async fn accepted(&mut self) -> Result<(), Reason> {
         poll_fn(|cx| self.poll_accepted(cx).map_ok(drop)).await
     }
+}
+
+/// The answer to a CONNECT, if it grants the stream; in node scope, notes whether the peer has our `proof`.
+///
+/// # Errors
+/// Why the peer refuses.
+pub fn granted(
+    response: http::Response<RecvStream>,
+    proof: Option<&AtomicBool>,
+) -> Result<http::Response<RecvStream>, Reason> {
+    let refused = (response.status() != StatusCode::OK).then(|| refusal(&response));
+    if let Some(proof) = proof
+        && matches!(refused, None | Some(Reason::Unproven))
+    {
+        proof.store(refused.is_none(), Ordering::Release);
+    }
+    refused.map_or(Ok(response), Err)
 }
 
 /// What a refused CONNECT is answered with (RFC 9110, section 15).
@@ -129,7 +137,7 @@ pub fn status(reason: Reason) -> StatusCode {
 }
 
 /// Why a peer refused a CONNECT: its own word if it is an agent of ours, else read off the status.
-pub fn refusal(response: &http::Response<RecvStream>) -> Reason {
+fn refusal(response: &http::Response<RecvStream>) -> Reason {
     let word = response.headers().get(REASON_HEADER).and_then(|value| value.to_str().ok());
     let known = word.and_then(|word| Reason::ALL.iter().find(|reason| reason.as_str() == word));
     match (known, response.status()) {

@@ -81,9 +81,15 @@ impl Passage {
                 shard.observe.opened(Direction::Inbound);
                 Ok(Open { passage: self, delivered, permit, leaves, began })
             }
-            Err(closed) => {
-                let Closed { encryption, failure, policy } = closed;
-                let ended = Ended { encryption, policy: policy.as_deref(), ..Ended::of(&failure) };
+            Err(Closed { encryption, failure, policy }) => {
+                let ended = Ended {
+                    encryption,
+                    reason: failure.reason,
+                    detail: &failure.detail,
+                    policy: policy.as_deref(),
+                    moved: [0, 0],
+                    open_for: None,
+                };
                 self.record(shard, &ended);
                 Err(failure)
             }
@@ -144,7 +150,7 @@ impl Passage {
     /// The address the application shall see: the opener's, if that is the pod's own. Any other (a
     /// container may give itself one) might be another workload's.
     fn client(&self) -> Option<SocketAddr> {
-        let own = self.from.address(self.destination.ip(), self.source.port());
+        let own = self.from.workload.address(self.destination.ip(), self.source.port());
         if self.from.has(self.source.ip()) { Some(self.source) } else { own }
     }
 
@@ -240,14 +246,6 @@ struct Ended<'a> {
     moved: [u64; 2],
     /// How long it was open, if it was.
     open_for: Option<Duration>,
-}
-
-impl<'a> Ended<'a> {
-    fn of(failure: &'a Failure) -> Self {
-        let Failure { reason, detail } = failure;
-        let encryption = Encryption::None;
-        Self { encryption, reason: *reason, detail, policy: None, moved: [0, 0], open_for: None }
-    }
 }
 
 /// What one workload's side did is the other's peer's doing.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::balance::Pick;
-use crate::directory::{Destination, ResolveError};
+use crate::directory::{Destination, ResolveError, Workload};
 use crate::hbone::Stream;
 use crate::hbone::client::Ask;
 use crate::local::{Open, Passage};
@@ -43,7 +43,7 @@ async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: Soc
     let began = Instant::now();
     shard.observe.opened(Direction::Outbound);
     let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-    let mut way = Way { destination: None, encryption: Encryption::None, key: None, policy: None };
+    let mut way = Way { destination: None, workload: None, encryption: Encryption::None, policy: None };
     let outcome = carry(&shard, &pod, &mut app, source, listener_port, &mut way).await;
     let (relayed, detail) = match outcome {
         Ok(relayed) => (relayed, "".into()),
@@ -62,7 +62,7 @@ async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: Soc
         policy: way.policy.as_deref(),
         source_id: Some(&pod.workload.id),
         source: Some(source),
-        destination_id: way.key.as_ref().map(|key| &key.destination),
+        destination_id: way.workload.as_ref().map(|workload| &workload.id),
         destination: way.destination,
         sent_bytes: relayed.from_app,
         received_bytes: relayed.to_app,
@@ -74,8 +74,8 @@ async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: Soc
 /// How far a connection came, for its log line.
 struct Way {
     destination: Option<SocketAddr>,
+    workload: Option<Arc<Workload>>,
     encryption: Encryption,
-    key: Option<Key>,
     policy: Option<Arc<str>>,
 }
 
@@ -158,7 +158,7 @@ async fn open(
     let destination = &pick.destination;
     way.destination = Some(destination.address);
     let route = route(shard, pod, destination);
-    way.key = Some(route.workload.clone());
+    way.workload = Some(Arc::clone(&destination.workload));
     let attempt = Attempt {
         peer: pod.workload.id.clone(),
         source: source.ip(),
@@ -209,6 +209,7 @@ async fn enough(patience: Option<Duration>) {
         None => std::future::pending().await,
     }
 }
+
 /// The ways to a destination: by its node, if the directory lists an agent of ours there.
 fn route(shard: &Shard, pod: &Pod, destination: &Destination) -> Route {
     let port = shard.tunnel.port;

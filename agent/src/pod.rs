@@ -1,9 +1,10 @@
 //! An enrolled pod: one local workload with what the data path needs to serve it.
 
+mod listening;
 mod proof;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -20,6 +21,7 @@ use crate::tls::server::{Listener, Terms};
 use crate::tls::verify::{Expected, Judge};
 use crate::trust::{Snapshot, Trust};
 use crate::verdict::Reason;
+pub use listening::Listening;
 use proof::Proof;
 pub use proof::Refusal;
 
@@ -36,13 +38,9 @@ pub struct Pod {
     pub gone: CancellationToken,
     /// The mode, which may change while the pod is served.
     mode: Mutex<Mode>,
-    /// The TLS listener, and what it was made from.
-    listener: Mutex<Option<Made>>,
+    listening: Listening,
     proof: Proof,
 }
-
-/// A TLS listener, and what it was made from: the generations of SVID and bundle, and the mode.
-type Made = ((u64, u64, Mode), Arc<Listener>);
 
 impl Pod {
     /// A pod just enrolled.
@@ -54,7 +52,7 @@ impl Pod {
             own_ports,
             gone: CancellationToken::new(),
             mode,
-            listener: Mutex::default(),
+            listening: Listening::default(),
             proof: Proof::default(),
         }
     }
@@ -80,37 +78,22 @@ impl Pod {
         memory: &Memory,
         judge: impl FnOnce() -> Arc<dyn Judge>,
     ) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
-        let now = trust.snapshot();
-        let svid = now.svids.get(&self.workload.id).ok_or(Reason::NoSvid)?;
-        if now.revoked(svid.leaf()).is_some() {
-            return Err(Reason::Revoked);
-        }
-        let mode = *self.mode.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = (svid.generation(), now.bundle_epoch, mode);
-        // The listener is replaced whole, so a panic elsewhere leaves a good one.
-        let mut cached = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((made_from, listener)) = cached.as_ref()
-            && *made_from == wanted
-        {
-            return Ok((Arc::clone(listener), Arc::clone(svid)));
-        }
-        let roots = memory.roots(&now.bundle, now.bundle_epoch).map_err(|_| Reason::Internal)?;
-        let listener = memory.listener(&Terms {
-            svid,
-            roots: &roots,
-            peers: Expected::Member,
-            judge: Some(judge()),
-            alpn: &[tls::ALPN_H2],
-            place: &place(&self.workload).iter().map(|part| part.as_bytes()).collect::<Vec<_>>(),
-            mode: match mode {
-                Mode::Strict => "strict",
-                Mode::Permissive => "permissive",
-                Mode::Off => "off",
-            },
-        });
-        let listener = listener.map_err(|_| Reason::Internal)?;
-        *cached = Some((wanted, Arc::clone(&listener)));
-        Ok((listener, Arc::clone(svid)))
+        let mode = match *self.mode.lock().unwrap_or_else(PoisonError::into_inner) {
+            Mode::Strict => "strict",
+            Mode::Permissive => "permissive",
+            Mode::Off => "off",
+        };
+        self.listening.get(&self.workload.id, mode, trust, memory, |svid, roots| {
+            memory.listener(&Terms {
+                svid,
+                roots,
+                peers: Expected::Member,
+                judge: Some(judge()),
+                alpn: &[tls::ALPN_H2],
+                place: &place(&self.workload).iter().map(|part| part.as_bytes()).collect::<Vec<_>>(),
+                mode,
+            })
+        })
     }
 
     /// Whether the pod's SVID would convince a peer, on that side of a TLS connection: checked when
@@ -120,12 +103,6 @@ impl Pod {
     /// With what the peer would say, or [`Reason::NoSvid`] until one has been issued.
     pub fn prove(&self, usage: Usage, trust: &Snapshot, now: SystemTime) -> Result<(), Refusal> {
         self.proof.check(&self.workload, usage, trust, now)
-    }
-
-    /// The pod's address of the same family as `like`, with a port.
-    pub fn address(&self, like: IpAddr, port: u16) -> Option<SocketAddr> {
-        let ip = self.workload.addresses.iter().find(|a| a.is_ipv4() == like.is_ipv4())?;
-        Some(SocketAddr::new(*ip, port))
     }
 }
 

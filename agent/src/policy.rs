@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::watch;
 
-use crate::config::{self, ConfigError};
+use crate::config::{self, ConfigError, Fault};
 use crate::directory::Workload;
 use crate::identity::{SpiffeId, TrustDomain};
 use document::AccessPolicy;
@@ -98,7 +98,8 @@ impl fmt::Display for Denial {
 pub struct Policies {
     domain: TrustDomain,
     now: ArcSwap<Loaded>,
-    changed: watch::Sender<u64>,
+    /// Tells of every change of [`Policies::generation`].
+    changed: watch::Sender<()>,
     /// Why the newest state of the source is not in use.
     fault: ArcSwapOption<String>,
 }
@@ -107,7 +108,7 @@ impl Policies {
     /// Without any policy: every identity of the trust domain may reach every workload.
     pub fn none(domain: TrustDomain) -> Arc<Self> {
         let (now, fault) = (ArcSwap::from_pointee(Loaded::default()), ArcSwapOption::empty());
-        Arc::new(Self { domain, now, changed: watch::Sender::new(0), fault })
+        Arc::new(Self { domain, now, changed: watch::Sender::new(()), fault })
     }
 
     /// Reads a file's policies.
@@ -117,7 +118,7 @@ impl Policies {
     pub fn load(path: &Path, domain: TrustDomain) -> Result<Arc<Self>, ConfigError> {
         let policies = Self::none(domain);
         let documents = document::load(path)?;
-        policies.replace(documents).map_err(|fault| invalid(path, fault))?;
+        policies.replace(documents).map_err(|fault| ConfigError::invalid(path, fault))?;
         Ok(policies)
     }
 
@@ -128,7 +129,7 @@ impl Policies {
         let take = move |loaded: Result<Vec<AccessPolicy>, ConfigError>| {
             let replaced = loaded.and_then(|documents| {
                 let count = documents.len();
-                let changed = self.replace(documents).map_err(|fault| invalid(&file, fault))?;
+                let changed = self.replace(documents).map_err(|fault| ConfigError::invalid(&file, fault))?;
                 Ok((count, changed))
             });
             match replaced {
@@ -153,8 +154,8 @@ impl Policies {
     ///
     /// # Errors
     /// When one cannot be compiled; nothing changes then.
-    pub fn replace(&self, mut documents: Vec<AccessPolicy>) -> Result<bool, document::Fault> {
-        documents.sort_by_key(AccessPolicy::name);
+    pub fn replace(&self, mut documents: Vec<AccessPolicy>) -> Result<bool, Fault> {
+        documents.sort_by_cached_key(AccessPolicy::name);
         let before = self.now.load();
         if before.documents == documents {
             return Ok(false);
@@ -170,7 +171,7 @@ impl Policies {
         let policies = policies.collect();
         let generation = before.generation + 1;
         self.now.store(Arc::new(Loaded { generation, rules, policies, documents }));
-        self.changed.send_replace(generation);
+        self.changed.send_replace(());
         Ok(true)
     }
 
@@ -187,11 +188,6 @@ impl Policies {
     /// Grows with every change of what is enforced.
     pub fn generation(&self) -> u64 {
         self.now.load().generation
-    }
-
-    /// Notifies of every change of [`Policies::generation`].
-    pub fn subscribe(&self) -> watch::Receiver<u64> {
-        self.changed.subscribe()
     }
 
     /// The receiving agent's word, which is the last: judges a connection and counts it.
@@ -266,7 +262,7 @@ pub struct Admitted {
     policies: Arc<Policies>,
     attempt: Attempt,
     generation: u64,
-    changes: watch::Receiver<u64>,
+    changes: watch::Receiver<()>,
 }
 
 impl Admitted {
@@ -289,10 +285,6 @@ impl Admitted {
     }
 }
 
-fn invalid(path: &Path, (field, message): document::Fault) -> ConfigError {
-    ConfigError::Invalid { path: path.into(), field, message }
-}
-
 /// The line of a dry run: what enforcing the policy would refuse.
 fn would_deny(attempt: &Attempt, denial: &Denial) {
     tracing::warn!(
@@ -301,7 +293,7 @@ fn would_deny(attempt: &Attempt, denial: &Denial) {
         source_id = %attempt.peer,
         source = %attempt.source,
         destination_id = %attempt.workload.id,
-        destination = format!("{}/{}:{}", attempt.workload.namespace, attempt.workload.name, attempt.port),
+        destination = format!("{}:{}", attempt.workload.full_name(), attempt.port),
         detail = %denial,
         "would be denied"
     );

@@ -39,6 +39,13 @@ pub struct Key {
     pub address: SocketAddr,
 }
 
+impl Key {
+    /// Whether it is of two nodes' agents, whose workloads prove themselves (node scope).
+    fn between_nodes(&self) -> bool {
+        self.destination.node_name().is_some()
+    }
+}
+
 /// The ways to a destination.
 #[derive(Clone, Debug)]
 pub struct Route {
@@ -178,8 +185,7 @@ impl Pool {
     /// Makes connections between nodes anew where the SVID or the roots that they rest on have changed, so
     /// that no stream has to wait for it.
     pub fn refresh(&self) {
-        let between_nodes = |key: &Key| key.destination.node_name().is_some();
-        let keys: Vec<Key> = self.lock().keys().filter(|key| between_nodes(key)).cloned().collect();
+        let keys: Vec<Key> = self.lock().keys().filter(|key| key.between_nodes()).cloned().collect();
         keys.iter().for_each(|key| self.warm(key));
     }
 

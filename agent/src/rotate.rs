@@ -106,11 +106,8 @@ impl Rotator {
     pub async fn run(self, mut wanted: watch::Receiver<Vec<SpiffeId>>) {
         let mut under_way: JoinSet<Renewed> = JoinSet::new();
         let mut asking: HashMap<SpiffeId, ()> = HashMap::new();
-        let mut trusted = Trusted::new(&self.trust);
+        let mut bundles = self.trust.subscribe_bundle();
         loop {
-            if trusted.changed() {
-                self.retry_failed(SystemTime::now());
-            }
             let identities = self.identities(&wanted.borrow_and_update());
             self.forget(&identities);
             let now = SystemTime::now();
@@ -131,7 +128,7 @@ impl Rotator {
                         return;
                     }
                 }
-                () = trusted.next() => {}
+                Ok(()) = bundles.changed() => self.retry_failed(SystemTime::now()),
                 () = tokio::time::sleep(sleep) => {}
             }
         }
@@ -167,17 +164,13 @@ impl Rotator {
         asking: &mut HashMap<SpiffeId, ()>,
     ) -> Duration {
         let held = self.trust.snapshot();
-        let attested = held
-            .svids
-            .get(&self.node)
-            .is_some_and(|svid| svid.leaf().not_after > now && held.revoked(svid.leaf()).is_none());
+        let attested = held.valid(&self.node, now).is_some();
         let mut due: Vec<(Option<SystemTime>, SpiffeId)> = Vec::new();
         let mut sleep = LONGEST_SLEEP;
         {
             let mut status = self.status.lock();
             for id in identities.iter().filter(|id| !asking.contains_key(*id)) {
-                let svid = held.svids.get(id);
-                let not_after = svid.map(|svid| svid.leaf().not_after);
+                let not_after = held.svids.get(id).map(|svid| svid.leaf().not_after);
                 let standing = status.entry(id.clone()).or_insert_with(|| Standing {
                     not_after,
                     // What is held was obtained before a restart: its age is not known, so renew soon.
@@ -186,8 +179,7 @@ impl Rotator {
                     last_error: None,
                 });
                 // What is expired or revoked is of no use; but whoever was refused waits its time.
-                let useless = not_after.is_some_and(|end| end <= now)
-                    || svid.is_some_and(|svid| held.revoked(svid.leaf()).is_some());
+                let useless = not_after.is_some() && held.valid(id, now).is_none();
                 let wait = standing.next.duration_since(now).unwrap_or_default();
                 // A clock that was set back must not put a renewal off by as much.
                 let is_due = wait.is_zero() || useless && (standing.failures == 0 || wait > LONGEST_BACKOFF);
@@ -263,40 +255,11 @@ fn take_up(trust: &Trust, keep: &Keep, node: &SpiffeId) {
     }
 }
 
-/// Notices changes of bundle and revocations among the changes of trust.
-struct Trusted<'a> {
-    trust: &'a Trust,
-    changes: watch::Receiver<u64>,
-    seen: u64,
-}
-
-impl<'a> Trusted<'a> {
-    fn new(trust: &'a Trust) -> Self {
-        Self { trust, changes: trust.subscribe(), seen: trust.snapshot().bundle_epoch }
-    }
-
-    fn changed(&mut self) -> bool {
-        let now = self.trust.snapshot().bundle_epoch;
-        std::mem::replace(&mut self.seen, now) != now
-    }
-
-    /// Resolves when there was one that [`Trusted::changed`] has not told of.
-    async fn next(&mut self) {
-        while self.trust.snapshot().bundle_epoch == self.seen {
-            if self.changes.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
-    }
-}
-
 /// Runs for ever: keeps the revocations beside the node's SVID.
 pub async fn keep_revocations(trust: Arc<Trust>, keep: Keep) {
-    let mut trusted = Trusted::new(&trust);
+    let mut bundles = trust.subscribe_bundle();
     let mut kept = trust.snapshot().bundle.revocations().generation();
-    loop {
-        trusted.next().await;
-        trusted.changed();
+    while bundles.changed().await.is_ok() {
         let bundle = Arc::clone(&trust.snapshot().bundle);
         let list = bundle.revocations();
         if list.generation() == kept {
@@ -330,16 +293,10 @@ async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Rene
 
 /// Runs for ever: takes new trust bundles into use as the issuer sends them.
 pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: SpiffeId) {
-    let mut changes = trust.subscribe();
     let mut failures = 0;
     loop {
-        if trust.svid(&node).is_none() {
-            // The issuer speaks to attested nodes only.
-            if changes.changed().await.is_err() {
-                return;
-            }
-            continue;
-        }
+        // The issuer speaks to attested nodes only.
+        trust.holding(&[&node]).await;
         match issuer.next_bundle().await {
             Ok(bundle) => {
                 failures = 0;

@@ -266,10 +266,8 @@ async fn judge_readiness(state: Arc<State>, node: SpiffeId) {
         let enrolled = state.enrolled.now();
         let directory = state.directory.load();
         let wanted: Vec<_> = directory.enrolled_on(&state.node).collect();
-        let pods_missing = wanted
-            .iter()
-            .map(|workload| format!("{}/{}", workload.namespace, workload.name))
-            .find_map(|name| match enrolled.get(&name) {
+        let pods_missing =
+            wanted.iter().map(|workload| workload.full_name()).find_map(|name| match enrolled.get(&name) {
                 Some(Ok(())) => None,
                 Some(Err(reason)) => Some(format!("{name}: {reason}")),
                 None => Some(format!("{name}: not looked at yet")),

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -37,6 +38,12 @@ impl Snapshot {
     pub fn revoked(&self, leaf: &Leaf) -> Option<Revoked> {
         self.bundle.revocations().judge(leaf)
     }
+
+    /// The SVID held for an identity, if it is neither expired nor revoked.
+    pub fn valid(&self, id: &SpiffeId, now: SystemTime) -> Option<&Arc<X509Svid>> {
+        let svid = self.svids.get(id)?;
+        (svid.leaf().not_after > now && self.revoked(svid.leaf()).is_none()).then_some(svid)
+    }
 }
 
 /// The shared, changing state of trust.
@@ -46,6 +53,7 @@ pub struct Trust {
     /// Serialises writers; readers never take it.
     writing: Mutex<()>,
     changed: watch::Sender<u64>,
+    bundle_changed: watch::Sender<u64>,
 }
 
 impl Trust {
@@ -62,6 +70,7 @@ impl Trust {
             now: ArcSwap::from_pointee(first),
             writing: Mutex::new(()),
             changed: watch::Sender::new(1),
+            bundle_changed: watch::Sender::new(1),
         })
     }
 
@@ -90,6 +99,12 @@ impl Trust {
     /// Notifies of every new epoch.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+
+    /// Notifies of every new bundle or list of revocations, but not of SVIDs, which a node renews all the
+    /// time.
+    pub fn subscribe_bundle(&self) -> watch::Receiver<u64> {
+        self.bundle_changed.subscribe()
     }
 
     /// Takes a newly issued SVID into use.
@@ -133,17 +148,11 @@ impl Trust {
 
     /// Resolves when one of these certificates is revoked, at once if it is so already.
     pub async fn until_revoked(&self, leaves: &[&Leaf]) -> Revoked {
-        let mut changes = self.subscribe();
-        let mut judged: Option<Arc<Revocations>> = None;
+        let mut changes = self.subscribe_bundle();
         loop {
             let now = self.snapshot();
-            let list = now.bundle.revocations();
-            // Most changes are renewed SVIDs: for those nothing is judged again.
-            if !judged.as_ref().is_some_and(|judged| Arc::ptr_eq(judged, list)) {
-                if let Some(revoked) = leaves.iter().find_map(|leaf| now.revoked(leaf)) {
-                    return revoked;
-                }
-                judged = Some(Arc::clone(list));
+            if let Some(revoked) = leaves.iter().find_map(|leaf| now.revoked(leaf)) {
+                return revoked;
             }
             drop(now);
             if changes.changed().await.is_err() {
@@ -175,9 +184,10 @@ impl Trust {
             return;
         }
         next.epoch += 1;
-        let epoch = next.epoch;
+        let (epoch, bundle) = (next.epoch, next.bundle_epoch);
         self.now.store(Arc::new(next));
         self.changed.send_replace(epoch);
+        self.bundle_changed.send_if_modified(|told| std::mem::replace(told, bundle) != bundle);
     }
 }
 
@@ -188,7 +198,7 @@ fn newer(held: &Arc<Revocations>, offered: &Arc<Revocations>) -> Arc<Revocations
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, SystemTime};
+    use std::time::Duration;
 
     use super::*;
     use crate::ca::{Ca, create_root};

@@ -3,27 +3,6 @@
 //! Metrics labels and log lines are made from these and from nothing else, so neither can grow
 //! with what a peer sends.
 
-/// Seen from the local workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// The local workload opened it.
-    Outbound,
-    /// The local workload is asked.
-    Inbound,
-}
-
-/// How a connection's bytes travelled between the nodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Encryption {
-    /// Mutual TLS 1.3.
-    Mtls,
-    /// Between two pods of this node: both identities proven, the bytes in nobody's hands but the
-    /// kernel's and the agent's.
-    Local,
-    /// Not at all: it was refused before a byte travelled.
-    None,
-}
-
 macro_rules! labels {
     ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $label:literal),* $(,)? }) => {
         $(#[$meta])*
@@ -38,6 +17,29 @@ macro_rules! labels {
             }
         }
     };
+}
+
+labels! {
+    /// Seen from the local workload.
+    Direction {
+        /// The local workload opened it.
+        Outbound = "outbound",
+        /// The local workload is asked.
+        Inbound = "inbound",
+    }
+}
+
+labels! {
+    /// How a connection's bytes travelled between the nodes.
+    Encryption {
+        /// Mutual TLS 1.3.
+        Mtls = "mtls",
+        /// Between two pods of this node: both identities proven, the bytes in nobody's hands but the
+        /// kernel's and the agent's.
+        Local = "local",
+        /// Not at all: it was refused before a byte travelled.
+        None = "none",
+    }
 }
 
 labels! {
@@ -200,27 +202,6 @@ impl Reason {
             | Self::Loop
             | Self::DeniedByPolicy => Verdict::Denied,
             _ => Verdict::Failed,
-        }
-    }
-}
-
-impl Direction {
-    /// The label in metrics and logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
-        }
-    }
-}
-
-impl Encryption {
-    /// The label in metrics and logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Mtls => "mtls",
-            Self::Local => "local",
-            Self::None => "none",
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use hauberk::directory::{Mode, Workload};
 use hauberk::identity::{SpiffeId, TrustDomain};
+use hauberk::policy::cidr::Cidr;
 use hauberk::policy::document::{self, AccessPolicy, Action, Metadata, Peer, Selector, Spec};
 use hauberk::policy::rule::{Decision, Outcome, Rules};
 use hauberk::policy::{Attempt, Policies};
@@ -68,7 +69,7 @@ fn peers() -> impl Strategy<Value = Peer> {
             namespace,
             service_account,
             trust_domain: td.map(|td| TrustDomain::parse(td).unwrap()),
-            cidr: cidr.map(|cidr| cidr.parse().unwrap()),
+            cidr: cidr.map(|cidr| Cidr::parse(cidr).unwrap()),
         };
         if peer == Peer::default() { Peer { any: Some(true), ..peer } } else { peer }
     })

@@ -100,7 +100,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "verdict",
         ],
     ),
-    ("enrol", &["capture", "config", "deliver", "directory", "identity", "inbound", "netns", "pod", "shard"]),
+    ("enrol", &["capture", "config", "deliver", "directory", "inbound", "netns", "pod", "shard"]),
     ("telemetry", &["identity", "trust", "verdict"]),
     ("admin", &["capture", "directory", "enrol", "policy", "rotate", "telemetry", "trust"]),
     ("check", &["capture", "config", "directory", "identity", "policy", "tls"]),

@@ -140,7 +140,7 @@ impl State {
             .workloads()
             .iter()
             .map(|workload| {
-                let name = format!("{}/{}", workload.namespace, workload.name);
+                let name = workload.full_name();
                 let state = match enrolled.get(&name) {
                     Some(Ok(())) => "enrolled".to_owned(),
                     Some(Err(reason)) => format!("not enrolled: {reason}"),

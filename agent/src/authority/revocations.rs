@@ -31,8 +31,10 @@ pub(super) async fn follow(
     loop {
         tokio::select! {
             _ = prune.tick() => in_background(&store, |store| {
-                store.change_revocations(|list| Ok(list.prune(SystemTime::now())))?;
-                store.revocations()
+                store.change_revocations(|list| {
+                    list.prune(SystemTime::now());
+                    Ok(list.clone())
+                })
             }, &bundle, &counters).await,
             _ = look.tick() => {
                 let now = stamp(&path);

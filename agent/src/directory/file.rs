@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::{Directory, Live, Mode, Node, Service, Workload};
-use crate::config::{self, ConfigError, read_yaml};
+use crate::config::{self, ConfigError, Fault, read_yaml};
 use crate::identity::{SpiffeId, TrustDomain};
 
 #[derive(Debug, Deserialize)]
@@ -75,15 +75,8 @@ fn default_namespace() -> String {
 /// One line that names the file, the entry and what is wrong with it.
 pub fn load(path: &Path, domain: &TrustDomain) -> Result<Directory, ConfigError> {
     let document: Document = read_yaml(path)?;
-    build(document, domain).map_err(|(field, message)| ConfigError::Invalid {
-        path: path.into(),
-        field,
-        message,
-    })
+    build(document, domain).map_err(|fault| ConfigError::invalid(path, fault))
 }
-
-/// Where in the document, and what is wrong there.
-type Fault = (String, String);
 
 fn build(document: Document, domain: &TrustDomain) -> Result<Directory, Fault> {
     let mut taken: HashSet<IpAddr> = HashSet::new();

@@ -44,7 +44,7 @@ pub struct Identified<'a> {
 }
 
 /// A live HTTP/2 connection. When it is dropped and its last stream is gone, the connection closes.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     /// Cloned into every stream: its count is the number of streams in use.
@@ -54,11 +54,7 @@ pub struct Tunnel {
 
 /// A place for one stream on a tunnel, taken.
 #[derive(Debug)]
-pub struct Place {
-    send: SendRequest<Bytes>,
-    place: Arc<()>,
-    lease: Arc<Lease>,
-}
+pub struct Place(Tunnel);
 
 impl Tunnel {
     /// Speaks HTTP/2's preface on an authenticated connection and waits for the peer's SETTINGS.
@@ -119,7 +115,8 @@ impl Tunnel {
 
     /// Takes a place for a stream.
     pub fn place(&self) -> Place {
-        Place { send: self.send.clone(), place: Arc::clone(&self.place), lease: Arc::clone(&self.lease) }
+        let (send, place, lease) = (self.send.clone(), Arc::clone(&self.place), Arc::clone(&self.lease));
+        Place(Self { send, place, lease })
     }
 }
 
@@ -129,14 +126,15 @@ impl Place {
     ///
     /// # Errors
     /// When the connection is closing or broken; nothing was sent then.
-    pub fn open(mut self, ask: Ask, who: Option<Identified<'_>>) -> Result<Stream, h2::Error> {
-        let (response, send) = self.send.send_request(request(ask, who)?, false)?;
+    pub fn open(self, ask: Ask, who: Option<Identified<'_>>) -> Result<Stream, h2::Error> {
+        let Tunnel { mut send, place, lease } = self.0;
+        let (response, send) = send.send_request(request(ask, who)?, false)?;
         let acknowledged = who.map(|who| Arc::clone(who.acknowledged));
         Ok(Stream {
             send,
             recv: Recv::Pending(response, acknowledged),
-            place: Some(self.place),
-            lease: Some(self.lease),
+            place: Some(place),
+            lease: Some(lease),
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Where tunnels arrive, and what may be asked there: at a pod by its own HBONE peers (workload scope),
 //! at the node by other agents of ours, for all of its pods (node scope).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use h2::RecvStream;
 use http::Request;
@@ -14,7 +14,7 @@ use crate::hbone::server::{self, Asked};
 use crate::identity::SpiffeId;
 use crate::identity::svid::Leaf;
 use crate::identity::svid::X509Svid;
-use crate::pod::Pod;
+use crate::pod::{Listening, Pod};
 use crate::policy::Policies;
 use crate::proof::Refusal;
 use crate::proof::connection::{Proofs, Shown};
@@ -40,45 +40,28 @@ pub struct Node {
     id: SpiffeId,
     /// Cancelled when the node's address changes.
     pub gone: CancellationToken,
-    listener: Mutex<Option<Made>>,
+    listening: Listening,
 }
-
-/// A TLS listener, and the generation of SVID and epoch of trust that it was made from.
-type Made = ((u64, u64), Arc<Listener>);
 
 impl Node {
     /// The front of this node's agent.
     pub fn new(id: SpiffeId) -> Arc<Self> {
-        Arc::new(Self { id, gone: CancellationToken::new(), listener: Mutex::default() })
+        Arc::new(Self { id, gone: CancellationToken::new(), listening: Listening::default() })
     }
 
     fn listener(&self, shard: &Shard) -> Result<(Arc<Listener>, Arc<X509Svid>), Reason> {
-        let now = shard.trust.snapshot();
-        let svid = now.svids.get(&self.id).ok_or(Reason::NoSvid)?;
-        if now.revoked(svid.leaf()).is_some() {
-            return Err(Reason::Revoked);
-        }
-        let wanted = (svid.generation(), now.bundle_epoch);
-        // The listener is replaced whole, so a panic elsewhere leaves a good one.
-        let mut cached = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((made_from, listener)) = cached.as_ref()
-            && *made_from == wanted
-        {
-            return Ok((Arc::clone(listener), Arc::clone(svid)));
-        }
-        let roots = shard.tls.roots(&now.bundle, now.bundle_epoch).map_err(|_| Reason::Internal)?;
-        let listener = shard.tls.listener(&Terms {
-            svid,
-            roots: &roots,
-            peers: Expected::Node,
-            judge: None,
-            alpn: &[tls::ALPN_NODE],
-            place: &[b"node", self.id.as_str().as_bytes()],
-            mode: "node",
-        });
-        let listener = listener.map_err(|_| Reason::Internal)?;
-        *cached = Some((wanted, Arc::clone(&listener)));
-        Ok((listener, Arc::clone(svid)))
+        const MODE: &str = "node";
+        self.listening.get(&self.id, MODE, &shard.trust, &shard.tls, |svid, roots| {
+            shard.tls.listener(&Terms {
+                svid,
+                roots,
+                peers: Expected::Node,
+                judge: None,
+                alpn: &[tls::ALPN_NODE],
+                place: &[b"node", self.id.as_str().as_bytes()],
+                mode: MODE,
+            })
+        })
     }
 }
 

@@ -20,9 +20,8 @@ use crate::authority::proto::{AttestRequest, Bundle, IssueRequest, Svid, WatchBu
 use crate::authority::wire;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
-use crate::identity::svid::X509Svid;
 use crate::tls;
-use crate::trust::{Snapshot, Trust};
+use crate::trust::Trust;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -53,7 +52,8 @@ impl AuthorityIssuer {
 
     async fn client(&self) -> Result<AuthorityClient<Channel>, IssueError> {
         let now = self.trust.snapshot();
-        let svid = self.node_svid(&now);
+        // Once the authority accepts it no longer, the node attests itself anew.
+        let svid = now.valid(&self.node, SystemTime::now());
         let epoch = (svid.map_or(0, |svid| svid.generation()), now.bundle_epoch);
         let mut held = self.channel.lock().await;
         if let Some((made_with, channel)) = held.as_ref()
@@ -85,15 +85,8 @@ impl AuthorityIssuer {
         AuthorityClient::new(channel).max_decoding_message_size(wire::MAX_BUNDLE_BYTES)
     }
 
-    /// The node's SVID, as long as the authority accepts it: after that the node attests itself anew.
-    fn node_svid<'a>(&self, now: &'a Snapshot) -> Option<&'a Arc<X509Svid>> {
-        let svid = now.svids.get(&self.node)?;
-        let valid = svid.leaf().not_after > SystemTime::now() && now.revoked(svid.leaf()).is_none();
-        valid.then_some(svid)
-    }
-
     async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {
-        let attested = self.node_svid(&self.trust.snapshot()).is_some();
+        let attested = self.trust.snapshot().valid(&self.node, SystemTime::now()).is_some();
         let mut client = self.client().await?;
         let answer = if attested {
             client.issue(IssueRequest { spiffe_id: id.to_string(), csr: csr.to_vec() }).await

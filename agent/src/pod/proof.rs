@@ -6,15 +6,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwapOption;
 use rustls::Error;
-use rustls::pki_types::UnixTime;
 
 use crate::directory::Workload;
 use crate::tls;
-use crate::tls::roots::{Usage, Verified};
+use crate::tls::roots::{Usage, Verified, unix};
 use crate::tls::verify::PeerVerifier;
 use crate::trust::Snapshot;
 use crate::verdict::Reason;
@@ -47,7 +46,7 @@ impl Proof {
             .get(id)
             .ok_or_else(|| (Reason::NoSvid, format!("no SVID has been issued for {id} yet")))?;
         let wanted = (svid.generation(), trust.bundle_epoch);
-        let now = UnixTime::since_unix_epoch(now.duration_since(UNIX_EPOCH).unwrap_or_default());
+        let now = unix(now);
         let known = &self.0[usage as usize];
         let holds =
             |k: &Arc<Known>| k.made_from == wanted && (k.verified.from..=k.verified.until).contains(&now);

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -88,13 +87,6 @@ impl fmt::Display for Cidr {
 impl fmt::Debug for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
-    }
-}
-
-impl FromStr for Cidr {
-    type Err = CidrError;
-    fn from_str(text: &str) -> Result<Self, CidrError> {
-        Self::parse(text)
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::cidr::Cidr;
-use crate::config::{ConfigError, read_text};
+use crate::config::{ConfigError, Fault, read_text};
 use crate::identity::{SpiffeId, TrustDomain};
 
 /// The only version there is.
@@ -84,16 +84,6 @@ pub enum Action {
     Deny,
 }
 
-impl Action {
-    /// The word in documents.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Allow => "allow",
-            Self::Deny => "deny",
-        }
-    }
-}
-
 /// Which workloads a policy is about: exactly one of these.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -138,16 +128,13 @@ fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Res
     T::deserialize(deserializer).map(Some)
 }
 
-/// Where in a document, and what is wrong there.
-pub type Fault = (String, String);
-
 /// Reads a file of policies.
 ///
 /// # Errors
 /// One line that names the file, the document, the field and what is wrong with it.
 pub fn load(path: &Path) -> Result<Vec<AccessPolicy>, ConfigError> {
     let text = read_text(path)?;
-    parse(&text).map_err(|(field, message)| ConfigError::Invalid { path: path.into(), field, message })
+    parse(&text).map_err(|fault| ConfigError::invalid(path, fault))
 }
 
 /// Parses a text of YAML documents, and checks each.

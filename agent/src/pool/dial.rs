@@ -65,7 +65,7 @@ impl Dialer {
         let (svid, snapshot) = self.svid(&key.source).await?;
         let mut again = true;
         let (tunnel, proofs, peer, driver) = loop {
-            let tcp = self.connect(key).await.map_err(|failure| no_node_scope(key, failure))?;
+            let tcp = self.connect(key).await.map_err(|f| Failure { reason: scoped(key, f.reason), ..f })?;
             let began = Instant::now();
             let handshake =
                 timeout(self.config.handshake_timeout, self.handshake(key, &svid, &snapshot, tcp));
@@ -77,10 +77,7 @@ impl Dialer {
                 }
                 Err(refusal) => refusal,
             };
-            let reason = match tls::reason(&refusal.error) {
-                Reason::NoProtocol if key.destination.node_name().is_some() => Reason::NoNodeScope,
-                reason => reason,
-            };
+            let reason = scoped(key, tls::reason(&refusal.error));
             self.observe.handshake_failed(Role::Client, began.elapsed(), reason);
             // The peer of a resumed session shows in a full handshake who it is today.
             if !(refusal.resumed && std::mem::take(&mut again)) {
@@ -149,21 +146,12 @@ impl Dialer {
 
     /// The source's SVID; one that is just being issued is worth a moment's patience.
     pub(super) async fn svid(&self, source: &SpiffeId) -> Result<(Arc<X509Svid>, Arc<Snapshot>), Failure> {
-        let mut changes = self.trust.subscribe();
-        let held = async {
-            loop {
-                let now = self.trust.snapshot();
-                if let Some(svid) = now.svids.get(source) {
-                    return Some((Arc::clone(svid), now));
-                }
-                changes.changed().await.ok()?;
-            }
-        };
-        let (svid, now) =
-            timeout(self.config.handshake_timeout, held).await.ok().flatten().ok_or_else(|| Failure {
-                reason: Reason::NoSvid,
-                detail: format!("no SVID has been issued for {source} yet").into(),
-            })?;
+        let held = timeout(self.config.handshake_timeout, self.trust.holding(&[source])).await.ok();
+        let held = held.and_then(|now| Some((Arc::clone(now.svids.get(source)?), now)));
+        let (svid, now) = held.ok_or_else(|| Failure {
+            reason: Reason::NoSvid,
+            detail: format!("no SVID has been issued for {source} yet").into(),
+        })?;
         match now.revoked(svid.leaf()) {
             None => Ok((svid, now)),
             Some(revoked) => Err(Failure { reason: Reason::Revoked, detail: revoked.to_string().into() }),
@@ -202,7 +190,7 @@ impl Dialer {
             // The peer speaks TLS, and went on without choosing what is spoken inside.
             return Err(Refusal { error: tls::broken(rustls::Error::NoApplicationProtocol), resumed: false });
         }
-        let proofs = key.destination.node_name().map(|_| {
+        let proofs = key.between_nodes().then(|| {
             let (client, server) = (key.source.clone(), key.destination.clone());
             Proofs::new(Binding { exporter: session.exporter, client, server }, Side::Client)
         });
@@ -226,16 +214,16 @@ struct Made {
 
 /// What is spoken inside: a node's agent is dialled for node scope, and for nothing else.
 fn alpn(key: &Key) -> &'static [u8] {
-    if key.destination.node_name().is_some() { tls::ALPN_NODE } else { tls::ALPN_H2 }
+    if key.between_nodes() { tls::ALPN_NODE } else { tls::ALPN_H2 }
 }
 
 /// Nothing that listens at a node's address, or nothing that speaks node scope, is no failure of the peer:
 /// an agent of another make, or of an earlier version, is reached at its workloads' addresses.
-fn no_node_scope(key: &Key, failure: Failure) -> Failure {
-    if key.destination.node_name().is_some() && failure.reason == Reason::Refused {
-        return Failure { reason: Reason::NoNodeScope, ..failure };
+fn scoped(key: &Key, reason: Reason) -> Reason {
+    match reason {
+        Reason::Refused | Reason::NoProtocol if key.between_nodes() => Reason::NoNodeScope,
+        reason => reason,
     }
-    failure
 }
 
 /// Why there is no connection, and whether a session had been resumed for it.

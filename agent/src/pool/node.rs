@@ -4,15 +4,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::StatusCode;
-
 use super::dial::Dialer;
 use super::{Failure, Key};
 use crate::hbone::client::{Ask, Identified, Place};
 use crate::hbone::{self, PROOF_HEADER, Recv, Stream};
 use crate::identity::svid::X509Svid;
 use crate::proof::Refusal;
-use crate::proof::connection::{Proofs, Shown};
+use crate::proof::connection::Proofs;
 use crate::tls::roots::{Roots, Verified};
 use crate::trust::Snapshot;
 use crate::verdict::Reason;
@@ -51,7 +49,7 @@ pub(super) async fn stream(
     let Ok(mut stream) = place.open(ask, Some(who)) else { return Ok(None) };
     let theirs = match known {
         Ok(theirs) => theirs,
-        Err(_) => moment.meet(&mut stream, &shown, dialer).await?,
+        Err(_) => moment.meet(&mut stream, dialer).await?,
     };
     stream.lease = Some(proofs.lease(&theirs, &moment.svid));
     Ok(Some(stream))
@@ -59,25 +57,14 @@ pub(super) async fn stream(
 
 impl Moment<'_> {
     /// Waits for the destination's proof.
-    async fn meet(
-        &self,
-        stream: &mut Stream,
-        shown: &Shown,
-        dialer: &Dialer,
-    ) -> Result<Arc<Verified>, Failure> {
-        let Recv::Pending(response, _) = &mut stream.recv else {
+    async fn meet(&self, stream: &mut Stream, dialer: &Dialer) -> Result<Arc<Verified>, Failure> {
+        let Recv::Pending(response, proof) = &mut stream.recv else {
             return Err(self.failed(Reason::Internal, "a stream that was answered before it was asked"));
         };
         let response =
             response.await.map_err(|error| self.failed(hbone::reason(&error), &error.to_string()))?;
-        if response.status() != StatusCode::OK {
-            let reason = hbone::refusal(&response);
-            if reason == Reason::Unproven {
-                shown.acknowledged.store(false, Ordering::Release);
-            }
-            return Err(self.failed(reason, "the peer's agent refused the stream"));
-        }
-        shown.acknowledged.store(true, Ordering::Release);
+        let response = hbone::granted(response, proof.as_deref())
+            .map_err(|reason| self.failed(reason, "the peer's agent refused the stream"))?;
         let proof = response.headers().get(PROOF_HEADER);
         let proof = proof.ok_or_else(|| self.failed(Reason::Unproven, "it has not proven itself"))?;
         let learnt = self.proofs.learn(proof.as_bytes(), &self.trust, &self.roots, dialer.now());

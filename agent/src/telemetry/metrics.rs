@@ -88,22 +88,7 @@ impl std::fmt::Debug for Metrics {
     }
 }
 
-fn place(direction: Direction) -> usize {
-    match direction {
-        Direction::Outbound => 0,
-        Direction::Inbound => 1,
-    }
-}
-
-fn side(role: Role) -> usize {
-    match role {
-        Role::Client => 0,
-        Role::Server => 1,
-    }
-}
-
 const DIRECTIONS: [Direction; 2] = [Direction::Outbound, Direction::Inbound];
-const ENCRYPTIONS: [Encryption; 3] = [Encryption::Mtls, Encryption::Local, Encryption::None];
 const ROLES: [&str; 2] = ["client", "server"];
 const KINDS: [&str; 2] = ["full", "resumed"];
 
@@ -158,15 +143,11 @@ impl Metrics {
                     "Series left out now because there would be too many.",
                 )?,
             )?,
-            kernel: register(
+            kernel: counters(
                 &registry,
-                IntCounterVec::new(
-                    Opts::new(
-                        "hauberk_capture_verdicts_total",
-                        "Connections judged in the kernel, by verdict. Counts on over restarts of the agent.",
-                    ),
-                    &["verdict"],
-                )?,
+                "hauberk_capture_verdicts_total",
+                "Connections judged in the kernel, by verdict. Counts on over restarts of the agent.",
+                &["verdict"],
             )?,
             policies: policy::Policies::new(&registry)?,
             process: Process::new(&registry)?,
@@ -176,11 +157,11 @@ impl Metrics {
     }
 
     pub(super) fn opened(&self, direction: Direction) {
-        self.connections.open[place(direction)].inc();
+        self.connections.open[direction as usize].inc();
     }
 
     pub(super) fn finished(&self, record: &Finished<'_>, was_open: bool) {
-        let place = place(record.direction);
+        let place = record.direction as usize;
         let of = &self.connections;
         of.ended[index(record.direction, record.encryption, record.reason)].inc();
         of.sent[place].inc_by(record.sent_bytes);
@@ -192,17 +173,17 @@ impl Metrics {
     }
 
     pub(super) fn handshake(&self, role: Role, took: Duration, resumed: bool) {
-        self.handshakes.ok[side(role)][usize::from(resumed)].inc();
-        self.handshakes.seconds[side(role)].observe(took.as_secs_f64());
+        self.handshakes.ok[role as usize][usize::from(resumed)].inc();
+        self.handshakes.seconds[role as usize].observe(took.as_secs_f64());
     }
 
     pub(super) fn handshake_failed(&self, role: Role, took: Duration, why: Reason) {
-        self.handshakes.failed[side(role) * Reason::ALL.len() + why as usize].inc();
-        self.handshakes.seconds[side(role)].observe(took.as_secs_f64());
+        self.handshakes.failed[role as usize * Reason::ALL.len() + why as usize].inc();
+        self.handshakes.seconds[role as usize].observe(took.as_secs_f64());
     }
 
     pub(super) fn unresumed(&self, role: Role, why: Unresumed) {
-        self.handshakes.unresumed[side(role) * Unresumed::ALL.len() + why as usize].inc();
+        self.handshakes.unresumed[role as usize * Unresumed::ALL.len() + why as usize].inc();
     }
 
     pub(super) fn chain(&self, known: bool) {
@@ -210,7 +191,7 @@ impl Metrics {
     }
 
     pub(super) fn cut(&self, role: Role) {
-        self.cut[side(role)].inc();
+        self.cut[role as usize].inc();
     }
 
     pub(super) fn pool(&self, change: i64) {
@@ -251,12 +232,7 @@ impl Metrics {
 
 /// The place of a combination in [`Connections::ended`].
 fn index(direction: Direction, encryption: Encryption, reason: Reason) -> usize {
-    let encryption = match encryption {
-        Encryption::Mtls => 0,
-        Encryption::Local => 1,
-        Encryption::None => 2,
-    };
-    (place(direction) * ENCRYPTIONS.len() + encryption) * Reason::ALL.len() + reason as usize
+    (direction as usize * Encryption::ALL.len() + encryption as usize) * Reason::ALL.len() + reason as usize
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {
@@ -310,7 +286,7 @@ impl Connections {
         )?;
         let mut all = Vec::new();
         for direction in DIRECTIONS {
-            for encryption in ENCRYPTIONS {
+            for encryption in Encryption::ALL {
                 for reason in Reason::ALL {
                     all.push(ended.with_label_values(&[
                         direction.as_str(),

@@ -77,8 +77,11 @@ impl Buffer {
         }
         self.filled = 0..0;
         let Some(bytes) = self.bytes.take() else { return };
-        SPARES.with_borrow_mut(|spares| {
-            if spares.len() < SPARE {
+        // A thread that is ending has no spares any more.
+        let _ = SPARES.try_with(|spares| {
+            if let Ok(mut spares) = spares.try_borrow_mut()
+                && spares.len() < SPARE
+            {
                 spares.push(bytes);
             }
         });
@@ -88,14 +91,6 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         self.filled = 0..0;
-        // A thread that is ending has no spares any more.
-        let Some(bytes) = self.bytes.take() else { return };
-        let _ = SPARES.try_with(|spares| {
-            if let Ok(mut spares) = spares.try_borrow_mut()
-                && spares.len() < SPARE
-            {
-                spares.push(bytes);
-            }
-        });
+        self.give_back();
     }
 }

@@ -6,19 +6,19 @@
 
 use std::sync::Arc;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, Tls12Resumption};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::SingleCertAndKey;
 use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
-use rustls::{ClientConfig, DigitallySignedStruct, Error, HandshakeKind, SignatureScheme};
+use rustls::{ClientConfig, Error, HandshakeKind};
 
 use super::Settled;
 use super::provider::provider;
 use super::roots::{Usage, unix};
 use super::session::Sessions;
-use super::verify::PeerVerifier;
+use super::verify::{PeerVerifier, signatures};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, X509Svid};
@@ -84,8 +84,6 @@ impl Dial {
         let mut config = build(Some(svid), Arc::new(noting))?;
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
         config.time_provider = Arc::clone(&clock);
-        // For kernel TLS, and a record layer of our own.
-        config.enable_secret_extraction = true;
         if let Some(sessions) = &sessions {
             let sessions: Arc<Sessions> = Arc::clone(sessions);
             config.resumption = Resumption::store(sessions).tls12_resumption(Tls12Resumption::Disabled);
@@ -152,25 +150,5 @@ impl ServerCertVerifier for Noting {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        ServerCertVerifier::verify_tls12_signature(&*self.verifier, message, leaf, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        ServerCertVerifier::verify_tls13_signature(&*self.verifier, message, leaf, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        ServerCertVerifier::supported_verify_schemes(&*self.verifier)
-    }
+    signatures!(ServerTlsVersionIsDisabledByOurConfig, verifier.roots.algorithms);
 }

@@ -60,7 +60,7 @@ pub async fn connect(
     name: ServerName<'static>,
     tcp: TcpStream,
 ) -> io::Result<Established> {
-    let mut config = ClientConfig::clone(&config);
+    let mut config = Arc::unwrap_or_clone(config);
     let exporter = Exporter::new();
     config.key_log = Arc::clone(&exporter) as Arc<dyn KeyLog>;
     config.enable_secret_extraction = true;
@@ -73,7 +73,7 @@ pub async fn connect(
 /// # Errors
 /// As [`connect`].
 pub async fn accept(config: Arc<ServerConfig>, tcp: TcpStream) -> io::Result<Established> {
-    let mut config = ServerConfig::clone(&config);
+    let mut config = Arc::unwrap_or_clone(config);
     let exporter = Exporter::new();
     config.key_log = Arc::clone(&exporter) as Arc<dyn KeyLog>;
     config.enable_secret_extraction = true;

@@ -53,7 +53,7 @@ pub struct Verified {
 pub struct Roots {
     domain: TrustDomain,
     anchors: RootCertStore,
-    algorithms: WebPkiSupportedAlgorithms,
+    pub(super) algorithms: WebPkiSupportedAlgorithms,
     digest: Digest,
     revocations: Arc<Revocations>,
     chains: Mutex<Bounded<Digest, Arc<Verified>>>,
@@ -188,7 +188,7 @@ fn name(leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], usage: 
 }
 
 /// Whole seconds, as rustls counts them; certificates have no finer ones.
-pub(super) fn unix(time: std::time::SystemTime) -> UnixTime {
+pub(crate) fn unix(time: std::time::SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default())
 }
 

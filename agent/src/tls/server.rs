@@ -8,7 +8,6 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -16,17 +15,14 @@ use rustls::server::{NoServerSessionStorage, ProducesTickets};
 use rustls::sign::SingleCertAndKey;
 use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
-use rustls::{
-    ConfigBuilder, DigitallySignedStruct, DistinguishedName, Error, HandshakeKind, ServerConfig,
-    SignatureScheme, WantsVerifier,
-};
+use rustls::{ConfigBuilder, DistinguishedName, Error, HandshakeKind, ServerConfig, WantsVerifier};
 
 use super::Settled;
 use super::provider::provider;
 use super::roots::{Roots, Usage, unix};
 use super::ticket::content::Content;
 use super::ticket::{Binding, LIFETIME_SECONDS, TicketKeys};
-use super::verify::{Expected, Judge, PeerVerifier};
+use super::verify::{Expected, Judge, PeerVerifier, signatures};
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, X509Svid};
 use crate::telemetry::{Observe, Role};
@@ -149,8 +145,6 @@ impl Listener {
         let identity = Arc::clone(&self.identity);
         let mut config = complete(self.builder.clone(), verifier, identity, &self.alpn);
         config.time_provider = Arc::clone(&self.clock);
-        // For kernel TLS, and a record layer of our own.
-        config.enable_secret_extraction = true;
         if self.keys.is_some() {
             config.send_tls13_tickets = TICKETS;
             let ticketer: Arc<Connection> = Arc::clone(&connection);
@@ -328,27 +322,7 @@ impl ClientCertVerifier for Connection {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        ClientCertVerifier::verify_tls12_signature(&*self.listener.verifier, message, leaf, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        ClientCertVerifier::verify_tls13_signature(&*self.listener.verifier, message, leaf, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        ClientCertVerifier::supported_verify_schemes(&*self.listener.verifier)
-    }
+    signatures!(Tls12NotOfferedOrEnabled, listener.verifier.roots.algorithms);
 }
 
 /// What became of one connection's handshake.

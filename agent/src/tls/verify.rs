@@ -7,16 +7,11 @@
 
 use std::sync::Arc;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
+use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible,
-    SignatureScheme,
-};
+use rustls::{CertificateError, DistinguishedName, Error, OtherError};
 
-use super::provider::provider;
 use super::roots::{Digest, Roots, Usage, Verified};
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, SvidError};
@@ -87,12 +82,11 @@ pub enum Expected {
 /// Verifies peers against one trust bundle.
 #[derive(Debug)]
 pub struct PeerVerifier {
-    roots: Arc<Roots>,
+    pub(super) roots: Arc<Roots>,
     expected: Expected,
     judge: Option<Arc<dyn Judge>>,
     /// Whether a client without a certificate is let in, as nobody.
     anonymous_clients: bool,
-    algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl PeerVerifier {
@@ -102,7 +96,7 @@ impl PeerVerifier {
     /// When a root of the bundle is unusable; see [`TrustBundle::anchors`].
     pub fn new(bundle: &TrustBundle, expected: Option<SpiffeId>) -> Result<Arc<Self>, Error> {
         let expected = expected.map_or(Expected::Member, Expected::Exactly);
-        Ok(Arc::new(Self::build(Roots::new(bundle, None)?, expected, None, false)))
+        Ok(Self::under(Roots::new(bundle, None)?, expected, None))
     }
 
     /// Accepts clients of the trust domain, and clients without a certificate: a node that joins has
@@ -111,22 +105,13 @@ impl PeerVerifier {
     /// # Errors
     /// When a root of the bundle is unusable; see [`TrustBundle::anchors`].
     pub fn with_anonymous_clients(bundle: &TrustBundle) -> Result<Arc<Self>, Error> {
-        Ok(Arc::new(Self::build(Roots::new(bundle, None)?, Expected::Member, None, true)))
+        let (roots, expected) = (Roots::new(bundle, None)?, Expected::Member);
+        Ok(Arc::new(Self { roots, expected, judge: None, anonymous_clients: true }))
     }
 
     /// Accepts whom `expected` names and `judge`, if there is one, lets in.
     pub fn under(roots: Arc<Roots>, expected: Expected, judge: Option<Arc<dyn Judge>>) -> Arc<Self> {
-        Arc::new(Self::build(roots, expected, judge, false))
-    }
-
-    fn build(
-        roots: Arc<Roots>,
-        expected: Expected,
-        judge: Option<Arc<dyn Judge>>,
-        anonymous_clients: bool,
-    ) -> Self {
-        let algorithms = provider().signature_verification_algorithms;
-        Self { roots, expected, judge, anonymous_clients, algorithms }
+        Arc::new(Self { roots, expected, judge, anonymous_clients: false })
     }
 
     /// The state of trust that peers are verified against, by its content.
@@ -177,6 +162,35 @@ fn refuse(why: Arc<dyn std::error::Error + Send + Sync>) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(why)))
 }
 
+/// What rustls asks alike of whoever verifies servers or clients: TLS 1.3's signatures with our
+/// provider's algorithms, which stand in the named field, and none of TLS 1.2.
+macro_rules! signatures {
+    ($tls12:ident, $($algorithms:ident).+) => {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &rustls::pki_types::CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            Err(rustls::PeerIncompatible::$tls12.into())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            leaf: &rustls::pki_types::CertificateDer<'_>,
+            signature: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            rustls::crypto::verify_tls13_signature(message, leaf, signature, &self.$($algorithms).+)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+            self.$($algorithms).+.supported_schemes()
+        }
+    };
+}
+pub(super) use signatures;
+
 impl ServerCertVerifier for PeerVerifier {
     fn verify_server_cert(
         &self,
@@ -190,27 +204,7 @@ impl ServerCertVerifier for PeerVerifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, leaf, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    signatures!(ServerTlsVersionIsDisabledByOurConfig, roots.algorithms);
 }
 
 impl ClientCertVerifier for PeerVerifier {
@@ -233,25 +227,5 @@ impl ClientCertVerifier for PeerVerifier {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(PeerIncompatible::Tls12NotOfferedOrEnabled.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, leaf, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    signatures!(Tls12NotOfferedOrEnabled, roots.algorithms);
 }

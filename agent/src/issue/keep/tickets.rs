@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{in_memory, replace};
-use crate::tls::ticket::{Forgetful, Generation, Journal, LIFETIME_SECONDS, Name, Serial, TicketKeys};
+use crate::tls::ticket::{Generation, Journal, LIFETIME_SECONDS, Name, Serial, TicketKeys, fleeting};
 
 /// The form of the file: a successor of another form begins anew.
 const FIRST_LINE: &str = "hauberk tickets 1";
@@ -25,7 +25,7 @@ const FIRST_LINE: &str = "hauberk tickets 1";
 pub fn take_up(dir: &Path, now: SystemTime) -> Arc<TicketKeys> {
     if !in_memory(dir) {
         tracing::warn!(dir = %dir.display(), "the runtime directory is not on a tmpfs: the keys of session tickets are not kept, so a restarted agent's peers make full handshakes");
-        return Arc::new(TicketKeys::new(Box::new(Forgetful)));
+        return fleeting();
     }
     let path = dir.join("tickets");
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
