@@ -4,7 +4,8 @@
 //!
 //! - [`field`]: the worlds, and the ways through them; [`pair`] ([`haproxy`], [`nginx`],
 //!   [`certificates`]) and [`peer`] are other proxies, [`programs`] what else runs
-//! - [`rounds`], [`first`], [`memory`], [`handshakes`]: what is measured, with [`clients`] and [`cpu`]
+//! - [`rounds`], [`first`], [`memory`], [`handshakes`]: what is measured, with [`clients`] and
+//!   [`cpu`]; [`only`]: which of it
 //! - [`figures`]: what was found; [`bars`]: whether it is enough; [`report`] ([`table`], [`plots`],
 //!   [`svg`], [`machine`]): how it is shown and kept
 
@@ -20,6 +21,7 @@ mod haproxy;
 mod machine;
 mod memory;
 mod nginx;
+mod only;
 mod pair;
 mod peer;
 mod plots;
@@ -42,6 +44,7 @@ use field::Field;
 use figures::Results;
 use handshakes::Handshakes;
 use memory::{Amounts, Memory};
+use only::{FIRST, HANDSHAKES, MEMORY, Only};
 use peer::Peer;
 use report::{Report, RoundNoise};
 
@@ -70,6 +73,10 @@ pub(crate) struct Bench {
     /// namespace, or here.
     #[arg(long = "peer", value_name = "NAME=ADDR:PORT")]
     peers: Vec<Peer>,
+    /// Only these ways (direct, hauberk, haproxy ...) and measures (bulk1, bulk8, one, many, new, newfull,
+    /// first, handshakes, memory); of a kind that none is named of, all.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', conflicts_with_all = ["report", "quick"])]
+    only: Vec<String>,
     /// Where the binaries are; built first if this is not given.
     #[arg(skip)]
     bins: Option<PathBuf>,
@@ -86,6 +93,7 @@ impl Bench {
             full: false,
             report: false,
             peers: Vec::new(),
+            only: Vec::new(),
             bins: Some(bins),
         }
     }
@@ -140,17 +148,22 @@ impl Bench {
         let mut noise = Vec::new();
         step("worlds, and the ways through them");
         let mut field = Field::make()?;
+        let only = Only::of(&self.only, field.ways(&self.peers, self.quick)?.iter().map(|way| &*way.name))?;
         for round in 1..=rounds {
             step(&format!("round {round} of {rounds}"));
             let after = RoundNoise::before()?;
-            for way in field.ways(&self.peers, self.quick)? {
+            for way in field.ways(&self.peers, self.quick)?.into_iter().filter(|way| only.way(&way.name)) {
                 say(&format!("  {}", way.name));
-                rounds::measure(&way, seconds, &mut results)?;
+                rounds::measure(&way, seconds, &only, &mut results)?;
             }
-            say("  first requests");
-            first::measure(&mut field, &mut results)?;
-            say("  handshakes");
-            handshakes.measure(seconds)?;
+            if only.measure(FIRST) {
+                say("  first requests");
+                first::measure(&mut field, &mut results)?;
+            }
+            if only.measure(HANDSHAKES) {
+                say("  handshakes");
+                handshakes.measure(seconds)?;
+            }
             noise.push(after()?);
         }
         let amounts = match () {
@@ -158,7 +171,10 @@ impl Bench {
             () if self.full => Amounts::FULL,
             () => Amounts::USUAL,
         };
-        let memory = Memory::measure(&mut field, amounts, &mut results)?;
+        let memory = match only.measure(MEMORY) {
+            true => Memory::measure(&mut field, amounts, &mut results)?,
+            false => Memory::default(),
+        };
         let mut ways: Vec<_> = field.ways(&self.peers, self.quick)?.into_iter().map(|way| way.name).collect();
         ways.extend([field::RESUMING, field::NOT_RESUMING].map(str::to_owned));
         Ok(Report {

@@ -6,6 +6,7 @@ use super::clients::{iperf, wrk};
 use super::cpu;
 use super::field::Way;
 use super::figures::{Figure, Results};
+use super::only::Only;
 
 /// One run of a client program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,9 +23,23 @@ pub(super) const ALL: &[Measure] =
     &[Measure::Bulk1, Measure::Bulk8, Measure::One, Measure::Many, Measure::New, Measure::NewFull];
 pub(super) const FEW: &[Measure] = &[Measure::Many];
 
+impl Measure {
+    /// What it is called on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Bulk1 => "bulk1",
+            Self::Bulk8 => "bulk8",
+            Self::One => "one",
+            Self::Many => "many",
+            Self::New => "new",
+            Self::NewFull => "newfull",
+        }
+    }
+}
+
 /// Measures a way.
-pub(super) fn measure(way: &Way<'_>, seconds: u64, results: &mut Results) -> Result<()> {
-    for measure in way.measures {
+pub(super) fn measure(way: &Way<'_>, seconds: u64, only: &Only, results: &mut Results) -> Result<()> {
+    for measure in way.measures.iter().filter(|measure| only.measure(measure.name())) {
         let one = Round { way, seconds, results: &mut *results };
         one.run(*measure).with_context(|| format!("{measure:?} through {}", way.name))?;
     }
