@@ -83,12 +83,15 @@ impl Deliver {
                 }
                 Err(e) => return Err(e),
             };
+            let connected = is_connected(&socket, app)?;
             let stream = TcpStream::from_std(socket.into())?;
-            timeout(CONNECT_TIMEOUT, stream.writable()).await.map_err(|_| io::ErrorKind::TimedOut)??;
-            return match stream.take_error()? {
-                None => Ok(Delivered { announced, app: stream }),
-                Some(error) => Err(error),
-            };
+            if !connected {
+                timeout(CONNECT_TIMEOUT, stream.writable()).await.map_err(|_| io::ErrorKind::TimedOut)??;
+                if let Some(error) = stream.take_error()? {
+                    return Err(error);
+                }
+            }
+            return Ok(Delivered { announced, app: stream });
         }
         Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "no free source port in the pod"))
     }
@@ -120,17 +123,34 @@ impl Deliver {
 
     /// A socket made inside the pod.
     fn socket(&self, ip: IpAddr) -> io::Result<Socket> {
-        let stash = &self.stash[usize::from(ip.is_ipv6())];
         // A stash holds whole sockets at every instant.
-        let mut stash = stash.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(socket) = stash.pop() {
+        let stash = || self.stash[usize::from(ip.is_ipv6())].lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(socket) = stash().pop() {
             return Ok(socket);
         }
         let domain = if ip.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+        // Not under the lock: a thread that finds the stash empty too fills it itself rather than wait.
         let batch: io::Result<Vec<Socket>> =
             self.netns.enter(|| (0..BATCH).map(|_| make(domain)).collect())?;
-        stash.extend(batch?);
-        stash.pop().ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+        let mut batch = batch?;
+        let socket = batch.pop();
+        stash().append(&mut batch);
+        socket.ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+    }
+}
+
+/// Whether a connect that has begun is done. In a pod's own namespace it usually is when `connect()`
+/// returns, as loopback carries the whole handshake within that call; then no timer is armed and no
+/// event waited for. Asking is `connect()` once more (connect(2): EALREADY while it goes on).
+///
+/// # Errors
+/// Why it failed.
+fn is_connected(socket: &Socket, app: SocketAddr) -> io::Result<bool> {
+    match socket.connect(&SockAddr::from(app)) {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(nix::libc::EISCONN) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(nix::libc::EALREADY) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

@@ -12,7 +12,11 @@ pub const NAME: &str = "forwarded";
 
 /// `for="1.2.3.4:5"`, as RFC 7239 section 6 writes a node with a port.
 pub fn format(address: SocketAddr) -> Option<HeaderValue> {
-    HeaderValue::from_maybe_shared(bytes::Bytes::from(format!("for=\"{address}\""))).ok()
+    let value = bytes::Bytes::from(format!("for=\"{address}\""));
+    let mut value = HeaderValue::from_maybe_shared(value).ok()?;
+    // Another one for each stream: in the compression's table it would only push out what comes again.
+    value.set_sensitive(true);
+    Some(value)
 }
 
 /// Reads what [`format`] writes; anything else is `None`, never an error: a foreign peer may say

@@ -107,6 +107,10 @@ impl Down {
     }
 
     fn push(&mut self, chunk: Bytes) {
+        // The end of a stream often comes as a frame without data: not worth a system call.
+        if chunk.is_empty() {
+            return;
+        }
         if chunk.len() < SMALL_BYTES && !(self.queue.is_empty() && self.tail.is_empty()) {
             self.tail.extend_from_slice(&chunk);
             if self.tail.len() >= GATHER_BYTES {
