@@ -7,6 +7,7 @@ pub mod client;
 pub mod forwarded;
 pub mod lease;
 pub mod server;
+pub mod traffic;
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -21,6 +22,7 @@ use http::StatusCode;
 
 use crate::verdict::Reason;
 pub use lease::Lease;
+use traffic::Traffic;
 
 /// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
 pub const REASON_HEADER: &str = "hauberk-reason";
@@ -57,8 +59,8 @@ pub struct Stream {
     pub send: SendStream<Bytes>,
     /// From the peer.
     pub recv: Recv,
-    /// Its place on a pooled tunnel, which counts them; `None` on the accepting side.
-    pub place: Option<Arc<()>>,
+    /// Its place on a pooled tunnel, which counts them and what they move; `None` on the accepting side.
+    pub place: Option<Arc<Traffic>>,
     /// Cut when one of the certificates that it rests on is revoked. `None` for a stream that nobody
     /// cuts.
     pub lease: Option<Arc<Lease>>,

@@ -26,7 +26,7 @@ use crate::hbone::client::Ask;
 use crate::identity::SpiffeId;
 use crate::verdict::Reason;
 use dial::Dialer;
-use slot::{Next, Slot};
+use slot::{Next, Otherwise, Slot};
 
 /// What may share a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -129,9 +129,10 @@ impl Pool {
 
     /// A stream for `parties` on a connection of `key`'s: one that is there, or a new one.
     async fn stream(&self, key: &Key, parties: &Key, ask: Ask) -> Result<Stream, Failure> {
+        let mut crowd = false;
         for _ in 0..MAX_TURNS {
-            let dialled = match self.next(key).await {
-                Next::Wait(dialled) => dialled,
+            let (dialled, otherwise) = match self.next(key, crowd).await {
+                Next::Wait(dialled, otherwise) => (dialled, otherwise),
                 Next::Place(place, None) => match place.open(ask, None) {
                     Ok(stream) => return Ok(stream),
                     // It closed this instant; dialling is the answer then.
@@ -146,6 +147,7 @@ impl Pool {
             };
             match dialled.await {
                 Ok(Ok(())) => {}
+                Ok(Err(_)) if otherwise == Otherwise::Crowd => crowd = true,
                 Ok(Err(failure)) => return Err(failure),
                 // The dialling task died without a word.
                 Err(_) => {
@@ -158,13 +160,13 @@ impl Pool {
     }
 
     /// Takes a place for a stream, or one among those who wait for a dial (and starts one if none runs).
-    async fn next(&self, key: &Key) -> Next {
+    async fn next(&self, key: &Key, crowd: bool) -> Next {
         let epoch = self.dialer.epoch(&key.source);
         let (next, dial) = poll_fn(|cx| {
             let mut slots = self.lock();
             let slot = slots.entry(key.clone()).or_default();
             slot.discard(epoch, cx);
-            Poll::Ready(slot.next(epoch, self.max_streams))
+            Poll::Ready(slot.next(epoch, self.max_streams, Instant::now(), crowd))
         })
         .await;
         if dial {

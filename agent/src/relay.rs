@@ -14,7 +14,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 use tokio::io::Interest;
@@ -45,7 +45,8 @@ pub struct Relayed {
 pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
     let mut up = Up::new(stream.send);
     let mut down = Down::new(stream.recv);
-    let _place = stream.place;
+    let place = stream.place;
+    let mut told = 0;
     let mut cut = stream.lease.map(Cut::of);
     let mut stop = pin!(stop);
     let (mut read, write) = app.split();
@@ -56,7 +57,13 @@ pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output
         if cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
             return Poll::Ready(Reason::Revoked);
         }
-        poll_both(&mut up, &mut down, (&mut read, write.as_ref()), cx)
+        let outcome = poll_both(&mut up, &mut down, (&mut read, write.as_ref()), cx);
+        if let Some(place) = &place {
+            let moved = up.bytes() + down.bytes();
+            place.moved(moved - told, Instant::now);
+            told = moved;
+        }
+        outcome
     })
     .await;
     if reason != Reason::Done {

@@ -64,12 +64,22 @@ fn svid(root: &Root, id: &SpiffeId) -> X509Svid {
 
 /// A peer that serves every stream by connecting to where it asks; counts its connections.
 async fn peer(root: &Root, who: &str, window: u32) -> (SocketAddr, Arc<AtomicUsize>) {
+    let (address, connections, _) = closable_peer(root, who, window).await;
+    (address, connections)
+}
+
+/// The same; aborting what is returned last closes its listener, and no connection.
+async fn closable_peer(
+    root: &Root,
+    who: &str,
+    window: u32,
+) -> (SocketAddr, Arc<AtomicUsize>, tokio::task::AbortHandle) {
     let config = tls::server::config(&svid(root, &id(who)), &root.bundle).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let connections = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&connections);
-    tokio::spawn(async move {
+    let accepting = tokio::spawn(async move {
         while let Ok((tcp, _)) = listener.accept().await {
             let (config, count) = (Arc::clone(&config), Arc::clone(&count));
             tokio::spawn(async move {
@@ -82,7 +92,7 @@ async fn peer(root: &Root, who: &str, window: u32) -> (SocketAddr, Arc<AtomicUsi
             });
         }
     });
-    (address, connections)
+    (address, connections, accepting.abort_handle())
 }
 
 async fn serve(request: http::Request<h2::RecvStream>, respond: h2::server::SendResponse<bytes::Bytes>) {
@@ -103,13 +113,17 @@ struct Near {
     trust: Arc<Trust>,
 }
 
-async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near {
+fn pool(root: &Root) -> (Arc<Trust>, Pool) {
     let trust = Trust::new(root.bundle.clone());
     trust.insert(svid(root, &id("client")));
     let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
     let tls = Memory::new(Some(tls::ticket::fleeting()), observe.clone());
     let dialer = Dialer::new(Arc::clone(&trust), tls, Arc::new(TunnelConfig::default()), observe);
-    let pool = Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1));
+    (trust, Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1)))
+}
+
+async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near {
+    let (trust, pool) = pool(root);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = listener.local_addr().unwrap();
     let key = Key { source: id("client"), destination: id(who), address: peer };
@@ -188,6 +202,34 @@ async fn streams_share_one_connection_and_a_new_svid_takes_a_new_one() {
     for tcp in &mut open {
         ping(tcp).await;
     }
+}
+
+#[tokio::test]
+async fn a_new_stream_keeps_off_a_connection_that_carries_bulk() {
+    let root = root();
+    let (address, connections, listener) = closable_peer(&root, "server", 1 << 20).await;
+    let (_, pool) = pool(&root);
+    let key = Key { source: id("client"), destination: id("server"), address };
+    let route = Route { workload: key, node: None };
+    let ask = Ask { authority: echo_app().await, source: "10.0.0.1:1".parse().unwrap() };
+    let open = async || pool.open(&route, ask, Instant::now()).await.unwrap();
+    let is_bulk = |stream: &Stream| {
+        // Far ahead, so that it stays bulk however slow the test is.
+        let now = Instant::now() + Duration::from_secs(60);
+        let place = stream.place.as_ref().unwrap();
+        place.moved(64 << 20, || now);
+        place.moved(64 << 20, || now);
+    };
+    let (first, beside) = (open().await, open().await);
+    assert_eq!(connections.load(Ordering::Relaxed), 1, "two small streams share a connection");
+    is_bulk(&first);
+    let (apart, with) = (open().await, open().await);
+    assert_eq!(connections.load(Ordering::Relaxed), 2, "what is new shares one without bulk");
+    listener.abort();
+    is_bulk(&apart);
+    let crowded = open().await;
+    assert_eq!(connections.load(Ordering::Relaxed), 2, "where no more can be had, bulk is put up with");
+    drop((first, beside, apart, with, crowded));
 }
 
 /// A peer as an agent is one, whose tunnels end with their first stream; says of each whether it

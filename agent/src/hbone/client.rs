@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
@@ -13,7 +14,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Uri};
 
 use super::{
     CONNECTION_WINDOW, FRAME_BYTES, Lease, MAX_HEADER_BYTES, PROOF_HEADER, Recv, SEND_BUFFER_BYTES,
-    SOURCE_HEADER, Stream, WANT_HEADER, forwarded,
+    SOURCE_HEADER, Stream, WANT_HEADER, forwarded, traffic::Traffic,
 };
 use crate::identity::SpiffeId;
 use crate::tls::stream::{Flush, TlsStream};
@@ -48,7 +49,7 @@ pub struct Identified<'a> {
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     /// Cloned into every stream: its count is the number of streams in use.
-    place: Arc<()>,
+    place: Arc<Traffic>,
     lease: Arc<Lease>,
 }
 
@@ -90,7 +91,8 @@ impl Tunnel {
             }
         })
         .await?;
-        Ok((Self { send, place: Arc::new(()), lease: Arc::default() }, driver))
+        let place = Arc::new(Traffic::new(Instant::now()));
+        Ok((Self { send, place, lease: Arc::default() }, driver))
     }
 
     /// What all its streams share, outside node scope.
@@ -101,6 +103,11 @@ impl Tunnel {
     /// Streams in use.
     pub fn streams(&self) -> usize {
         Arc::strong_count(&self.place) - 1
+    }
+
+    /// Whether one of its streams is, or was a moment ago, bulk.
+    pub fn is_bulk(&self, now: Instant) -> bool {
+        self.place.is_bulk(now)
     }
 
     /// Streams the peer allows at once.

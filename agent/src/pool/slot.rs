@@ -15,9 +15,21 @@ use crate::proof::connection::Proofs;
 pub(super) enum Next {
     /// A place on a connection; in node scope, with what is proven on it.
     Place(Place, Option<Arc<Proofs>>),
-    /// Word of the dial that runs.
-    Wait(oneshot::Receiver<Result<(), Failure>>),
+    /// Word of the dial that runs. When it fails, a tunnel with bulk on it will do, if there is one.
+    Wait(oneshot::Receiver<Result<(), Failure>>, Otherwise),
 }
+
+/// What is left when a dial fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Otherwise {
+    /// Nothing.
+    Fail,
+    /// A place beside bulk.
+    Crowd,
+}
+
+/// Connections of one key that bulk may spread over.
+const MAX_SPREAD: usize = 4;
 
 #[derive(Debug)]
 struct Pooled {
@@ -68,12 +80,22 @@ impl Slot {
         !self.is_fresh(epoch) && !std::mem::replace(&mut self.dialling, true)
     }
 
-    /// A place on the connection with the fewest streams, or one among those who wait; true asks for a
-    /// dial.
-    pub(super) fn next(&mut self, epoch: Option<Epoch>, max_streams: usize) -> (Next, bool) {
+    /// A place on the connection with the fewest streams, those without bulk first; or one among those who
+    /// wait; true asks for a dial. Where all connections carry bulk, another is waited for, up to
+    /// [`MAX_SPREAD`] and unless `crowd` says that it could not be had.
+    pub(super) fn next(
+        &mut self,
+        epoch: Option<Epoch>,
+        max_streams: usize,
+        now: Instant,
+        crowd: bool,
+    ) -> (Next, bool) {
+        let spread = !crowd && self.pooled.len() < MAX_SPREAD;
         let room = |p: &Pooled| p.tunnel.streams() < p.tunnel.allowed().min(max_streams);
-        let best = self.pooled.iter_mut().filter(|p| room(p)).min_by_key(|p| p.tunnel.streams());
-        if let Some(pooled) = best {
+        let rank = |p: &Pooled| (p.tunnel.is_bulk(now), p.tunnel.streams());
+        let best = self.pooled.iter_mut().filter(|p| room(p)).min_by_key(|p| rank(p));
+        let otherwise = if best.is_some() { Otherwise::Crowd } else { Otherwise::Fail };
+        if let Some(pooled) = best.filter(|p| !(spread && p.tunnel.is_bulk(now))) {
             pooled.idle_since = None;
             let next = Next::Place(pooled.tunnel.place(), pooled.proofs.clone());
             return (next, self.begin_dial(epoch));
@@ -81,7 +103,7 @@ impl Slot {
         let (waiter, dialled) = oneshot::channel();
         self.waiting.push(waiter);
         let dial = !std::mem::replace(&mut self.dialling, true);
-        (Next::Wait(dialled), dial)
+        (Next::Wait(dialled, otherwise), dial)
     }
 
     /// Takes a dial's outcome; returns who waited for it, and what to tell them.
