@@ -211,7 +211,7 @@ pub struct TunnelConfig {
     /// down, and the application learns it by a reset.
     #[serde(rename = "connectTimeoutMs", deserialize_with = "milliseconds")]
     pub connect_timeout: Duration,
-    /// TLS handshake, on both sides. Default 5 s.
+    /// TLS handshake, on both sides; in node scope also a destination's first proof. Default 5 s.
     #[serde(rename = "handshakeTimeoutMs", deserialize_with = "milliseconds")]
     pub handshake_timeout: Duration,
     /// A pooled connection without streams is closed after this. Default 300 s.

@@ -164,11 +164,15 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
             () = front.gone().cancelled() => return,
         };
         match accepted {
-            Some(Ok((request, respond))) => {
+            Some(Ok((request, mut respond))) => {
                 if matches!(&tunnel, Tunnel::Node(proofs) if proofs.is_hopeless()) {
                     broke(&shard, &front, &peer, "too many identity proofs that prove nothing");
                     let _ = timeout(LAST_WORDS, connection.abort(h2::Reason::ENHANCE_YOUR_CALM)).await;
                     return;
+                }
+                if let Some(shown) = front.proof(&shard, &tunnel, &request) {
+                    // Whoever has given the stream up wants no proof any more.
+                    let _ = server::prove(&mut respond, &shown.header);
                 }
                 let (shard, front, peer) = (shard.clone(), front.clone(), peer.clone());
                 let tunnel = tunnel.clone();
