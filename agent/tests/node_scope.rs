@@ -19,7 +19,7 @@ use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
 use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Failure, Key, Pool, Route};
+use hauberk::pool::{Failure, Key, Pool, Route, Word};
 use hauberk::proof::connection::Proofs;
 use hauberk::proof::{Binding, Side};
 use hauberk::telemetry::{Metrics, Observe};
@@ -112,7 +112,11 @@ impl Far {
 
     /// Listens as an identity, a node's or a workload's.
     async fn serve(&self, who: SpiffeId) -> SocketAddr {
-        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.serve_at(who, (Ipv4Addr::LOCALHOST, 0).into()).await
+    }
+
+    async fn serve_at(&self, who: SpiffeId, at: SocketAddr) -> SocketAddr {
+        let socket = TcpListener::bind(at).await.unwrap();
         let address = socket.local_addr().unwrap();
         let listener = match who.node_name() {
             Some(_) => self.listener(&who, tls::ALPN_NODE, Expected::Node),
@@ -298,6 +302,75 @@ async fn a_node_that_never_proves_the_destination_is_given_up() {
     let failure = outcome.expect("it is given up").unwrap().unwrap_err();
     assert_eq!(failure.reason, Reason::HandshakeTimeout);
     assert!(failure.detail.contains("handshakeTimeoutMs"), "{failure}");
+}
+
+#[tokio::test]
+async fn a_connection_made_ahead_is_the_first_streams_and_is_made_once() {
+    let ca = authority();
+    let far = Far::new(&ca, [workload("b", 0), node("n2")].into_iter());
+    let address = far.serve(node("n2")).await;
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let (trust, memory, _) = agent(&ca, [workload("a", 0), node("n1")].into_iter());
+    let (words, mut heard) = tokio::sync::broadcast::channel(8);
+    let observe = Observe::new(Arc::clone(&metrics));
+    let dialer = Dialer::new(Arc::clone(&trust), memory, Arc::new(TunnelConfig::default()), observe);
+    let pool = Pool::new(dialer, 1000, words);
+    let between = Key { source: node("n1"), destination: node("n2"), address };
+    let handshakes = || far.seen.lock().unwrap().handshakes;
+
+    assert!(!pool.holds(&between));
+    assert!(pool.ahead(&between).await.unwrap(), "there was none");
+    assert!(!pool.ahead(&between).await.unwrap(), "there is one");
+    assert!(pool.holds(&between) && heard.is_empty(), "nobody has needed it yet");
+    for _ in 0..2 {
+        all_to_all(&pool, 1, &[address], Some(between.clone())).await;
+    }
+    assert_eq!(handshakes(), 1, "the streams waited for none of their own");
+    assert!(matches!(heard.try_recv(), Ok(Word::Needed(key)) if key == between), "the first has needed it");
+    assert!(heard.is_empty(), "the second is no news");
+
+    // Trust that changed without a word of these roots and this SVID asks for nothing.
+    trust.insert(svid(&ca, &workload("a", 1)));
+    pool.refresh(Duration::ZERO);
+    settle().await;
+    assert_eq!(handshakes(), 1);
+    trust.insert(svid(&ca, &node("n1")));
+    pool.refresh(Duration::ZERO);
+    while handshakes() < 2 {
+        tokio::task::yield_now().await;
+    }
+    pool.refresh(Duration::ZERO);
+    all_to_all(&pool, 1, &[address], Some(between.clone())).await;
+    assert_eq!(handshakes(), 2, "after a rotation too");
+    pool.sweep(Instant::now(), Duration::ZERO);
+    assert!(!pool.holds(&between), "what nobody uses goes as any other");
+    pool.refresh(Duration::ZERO);
+    settle().await;
+    assert_eq!(handshakes(), 2, "and is not made again");
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_there_is_asked_once_and_held_against_nobody() {
+    let ca = authority();
+    let (trust, memory, observe) = agent(&ca, [workload("a", 0), node("n1")].into_iter());
+    let pool = configured((Arc::clone(&trust), memory, observe), TunnelConfig::default());
+    let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let between = Key { source: node("n1"), destination: node("n2"), address };
+    assert_eq!(pool.ahead(&between).await.unwrap_err().reason, Reason::NoNodeScope);
+    let far = Far::new(&ca, [workload("b", 0), node("n2")].into_iter());
+    let address = far.serve_at(node("n2"), address).await;
+    // A change of trust is no reason to try again.
+    trust.insert(svid(&ca, &node("n1")));
+    pool.refresh(Duration::ZERO);
+    settle().await;
+    assert_eq!(far.seen.lock().unwrap().handshakes, 0);
+    all_to_all(&pool, 1, &[address], Some(between)).await;
+    assert_eq!(far.seen.lock().unwrap().handshakes, 1, "a stream tries at once, and in node scope");
+}
+
+/// Lets whatever was begun go on.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
 #[tokio::test]

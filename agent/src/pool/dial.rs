@@ -139,6 +139,11 @@ impl Dialer {
         roots.map_err(|error| Failure { reason: Reason::Internal, detail: error.to_string().into() })
     }
 
+    /// Counts a connection that was made ahead, or could not be.
+    pub(super) fn made_ahead(&self, made: bool) {
+        self.observe.ahead(made);
+    }
+
     /// The state of trust as of now.
     pub(super) fn trust(&self) -> Arc<Snapshot> {
         self.trust.snapshot()

@@ -1,7 +1,7 @@
 //! One key's connections, and who waits for the next: no I/O, no clock.
 
 use std::sync::Arc;
-use std::task::Context;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -19,6 +19,15 @@ pub(super) enum Next {
     Wait(oneshot::Receiver<Result<(), Failure>>),
 }
 
+/// An answer to whoever asks for a stream.
+pub(super) struct Turn {
+    pub(super) next: Next,
+    /// Whoever asked must dial.
+    pub(super) dial: bool,
+    /// The place is the first on its connection.
+    pub(super) first_use: bool,
+}
+
 #[derive(Debug)]
 struct Pooled {
     tunnel: Tunnel,
@@ -26,6 +35,8 @@ struct Pooled {
     /// The trust it was verified against.
     epoch: Epoch,
     idle_since: Option<Instant>,
+    /// Whether it has had a stream.
+    used: bool,
 }
 
 /// Names a state of trust for one source: its SVID's serial and the roots' epoch.
@@ -43,6 +54,8 @@ pub(super) struct Slot {
     pooled: Vec<Pooled>,
     waiting: Vec<Waiter>,
     dialling: bool,
+    /// A connection of a new epoch is going to be made ahead.
+    refreshing: bool,
 }
 
 impl Slot {
@@ -68,20 +81,42 @@ impl Slot {
         !self.is_fresh(epoch) && !std::mem::replace(&mut self.dialling, true)
     }
 
-    /// A place on the connection with the fewest streams, or one among those who wait; true asks for a
-    /// dial.
-    pub(super) fn next(&mut self, epoch: Option<Epoch>, max_streams: usize) -> (Next, bool) {
+    /// The same for whoever has no stream to wait with. Without an SVID there is nothing to dial with.
+    pub(super) fn begin_ahead(&mut self, epoch: Option<Epoch>) -> bool {
+        self.refreshing = false;
+        if epoch.is_none() {
+            return false;
+        }
+        self.discard(epoch, &mut Context::from_waker(Waker::noop()));
+        self.begin_dial(epoch)
+    }
+
+    /// Whether what is connected is of an earlier epoch, and nobody was told to mend that yet; who is told so
+    /// must.
+    pub(super) fn begin_refresh(&mut self, epoch: Epoch) -> bool {
+        let old = self.is_connected() && !self.is_fresh(Some(epoch));
+        old && !std::mem::replace(&mut self.refreshing, true)
+    }
+
+    /// Whether there is a connection, or was when somebody looked last.
+    pub(super) fn is_connected(&self) -> bool {
+        !self.pooled.is_empty()
+    }
+
+    /// A place on the connection with the fewest streams, or one among those who wait.
+    pub(super) fn next(&mut self, epoch: Option<Epoch>, max_streams: usize) -> Turn {
         let room = |p: &Pooled| p.tunnel.streams() < p.tunnel.allowed().min(max_streams);
         let best = self.pooled.iter_mut().filter(|p| room(p)).min_by_key(|p| p.tunnel.streams());
         if let Some(pooled) = best {
             pooled.idle_since = None;
             let next = Next::Place(pooled.tunnel.place(), pooled.proofs.clone());
-            return (next, self.begin_dial(epoch));
+            let first_use = !std::mem::replace(&mut pooled.used, true);
+            return Turn { next, dial: self.begin_dial(epoch), first_use };
         }
         let (waiter, dialled) = oneshot::channel();
         self.waiting.push(waiter);
         let dial = !std::mem::replace(&mut self.dialling, true);
-        (Next::Wait(dialled), dial)
+        Turn { next: Next::Wait(dialled), dial, first_use: false }
     }
 
     /// Takes a dial's outcome; returns who waited for it, and what to tell them.
@@ -91,7 +126,7 @@ impl Slot {
     ) -> (Vec<Waiter>, Result<(), Failure>) {
         self.dialling = false;
         let told = outcome.map(|Dialled { tunnel, proofs, epoch }| {
-            self.pooled.push(Pooled { tunnel, proofs, epoch, idle_since: None });
+            self.pooled.push(Pooled { tunnel, proofs, epoch, idle_since: None, used: false });
         });
         (std::mem::take(&mut self.waiting), told)
     }
