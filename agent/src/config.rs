@@ -211,7 +211,7 @@ pub struct TunnelConfig {
     /// down, and the application learns it by a reset.
     #[serde(rename = "connectTimeoutMs", deserialize_with = "milliseconds")]
     pub connect_timeout: Duration,
-    /// TLS handshake, on both sides. Default 5 s.
+    /// TLS handshake, on both sides; in node scope also a destination's first proof. Default 5 s.
     #[serde(rename = "handshakeTimeoutMs", deserialize_with = "milliseconds")]
     pub handshake_timeout: Duration,
     /// A pooled connection without streams is closed after this. Default 300 s.
@@ -224,6 +224,9 @@ pub struct TunnelConfig {
     pub stream_window: u32,
     /// Handshakes under way at once that an agent accepts; more wait in the kernel's backlog.
     pub max_handshakes: usize,
+    /// Nodes that a starting agent connects to before anybody needs them: those it spoke to last, then the
+    /// nearest. Default 32; 0 for none.
+    pub warm_nodes: u16,
     /// Whether TLS sessions are resumed, on both sides. Default true: a resumed session's peer is
     /// judged as in a full handshake, without the signatures.
     pub resumption: bool,
@@ -239,6 +242,7 @@ impl Default for TunnelConfig {
             max_streams: 4096,
             stream_window: 8 << 20,
             max_handshakes: 512,
+            warm_nodes: 32,
             resumption: true,
         }
     }

@@ -68,6 +68,14 @@ impl Deliver {
         })
     }
 
+    /// Makes the sockets for the first connections to this address beforehand. What cannot be made now is made
+    /// when it is needed, or fails then.
+    pub fn prepare(&self, ip: IpAddr) {
+        if let Ok(socket) = self.socket(ip) {
+            self.stash[usize::from(ip.is_ipv6())].lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+        }
+    }
+
     /// Connects to the application at `app`, on behalf of `client`.
     ///
     /// # Errors

@@ -173,6 +173,11 @@ impl Directory {
         self.nodes.get(name)
     }
 
+    /// Every node that is known to have an agent of ours.
+    pub fn nodes(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
+        self.nodes.values()
+    }
+
     /// Every workload.
     pub fn workloads(&self) -> &[Arc<Workload>] {
         &self.workloads

@@ -18,6 +18,7 @@ use crate::inbound::Node;
 use crate::netns::Netns;
 use crate::pod::{Pod, Pods};
 use crate::shard::Thread;
+use crate::warm::Recent;
 
 /// How often pods are looked at without a change in the directory: a namespace may have been made
 /// late or anew, and what failed may work now.
@@ -60,6 +61,7 @@ pub struct Enroller {
     enrolled: BTreeMap<Name, Enrolled>,
     status: Arc<Status>,
     adopted: bool,
+    warmed: bool,
     /// The directory that the kernel side's table of members was last made from.
     meshed: Option<Arc<Directory>>,
 }
@@ -81,6 +83,7 @@ impl Enroller {
             enrolled: BTreeMap::new(),
             status: Arc::default(),
             adopted: false,
+            warmed: false,
             meshed: None,
         }
     }
@@ -127,6 +130,19 @@ impl Enroller {
             self.end_plaintext_with_new_members();
         }
         self.adopt();
+        self.warm();
+    }
+
+    /// After the first round other nodes' agents reach this one, and it reaches out to them.
+    fn warm(&mut self) {
+        let most = usize::from(self.config.tunnel.warm_nodes);
+        if most == 0 || std::mem::replace(&mut self.warmed, true) {
+            return;
+        }
+        // One of the threads makes the first connection to each, which the others resume.
+        if let Some(thread) = self.threads.first() {
+            thread.warm(Recent::take_up(&self.config.runtime_dir, most));
+        }
     }
 
     /// Listens at the node's address for other agents, as long as the directory lists it.
@@ -214,6 +230,7 @@ impl Enroller {
             .map_err(|e| format!("cannot listen inside the pod: {e}"))?;
         let deliver =
             Deliver::new(Arc::clone(&netns), Arc::clone(&self.capture)).map_err(|e| e.to_string())?;
+        workload.addresses.iter().for_each(|address| deliver.prepare(*address));
         let own_ports = ports.iter().copied().chain([tunnel_port]).collect();
         let pod = Arc::new(Pod::new(Arc::clone(workload), deliver, own_ports));
         // The listeners are there already: a connection captured from now on finds one.

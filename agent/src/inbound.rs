@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::hbone::{self, LAST_WORDS, Lease, server};
 use crate::identity::SpiffeId;
 use crate::identity::svid::{Leaf, X509Svid};
-use crate::pool::dial;
+use crate::pool::{Word, dial};
 use crate::proof::connection::Proofs;
 use crate::proof::{Binding, Side};
 use crate::shard::Shard;
@@ -134,6 +134,10 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
         Err(_) => return broke(&shard, &front, &peer, "no HTTP/2 preface in time"),
     };
     let tunnel = rests_on(&front, &proof);
+    if matches!(front, Front::Node(_)) {
+        // Nobody listens when nothing is made ahead.
+        let _ = shard.words.send(Word::Arrived(peer.id.clone()));
+    }
     let leaves = [&proof.peer, proof.own.leaf()];
     let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
     let mut changes = shard.trust.subscribe();
@@ -164,11 +168,15 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
             () = front.gone().cancelled() => return,
         };
         match accepted {
-            Some(Ok((request, respond))) => {
+            Some(Ok((request, mut respond))) => {
                 if matches!(&tunnel, Tunnel::Node(proofs) if proofs.is_hopeless()) {
                     broke(&shard, &front, &peer, "too many identity proofs that prove nothing");
                     let _ = timeout(LAST_WORDS, connection.abort(h2::Reason::ENHANCE_YOUR_CALM)).await;
                     return;
+                }
+                if let Some(shown) = front.proof(&shard, &tunnel, &request) {
+                    // Whoever has given the stream up wants no proof any more.
+                    let _ = server::prove(&mut respond, &shown.header);
                 }
                 let (shard, front, peer) = (shard.clone(), front.clone(), peer.clone());
                 let tunnel = tunnel.clone();

@@ -12,6 +12,7 @@
 //! - [`inbound`] is the receiving agent's whole way: accept, authorize, then
 //! - [`deliver`] connects to the application, and [`relay`] moves the bytes, on both sides;
 //! - [`local`] is the shorter way, when both pods are this node's;
+//! - [`warm`] has the pool connect to other nodes before anybody needs them;
 //! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], and [`trust`], which is
@@ -48,6 +49,7 @@ pub mod proof;
 pub mod relay;
 pub mod shard;
 pub mod tls;
+pub mod warm;
 
 pub mod admin;
 pub mod capacity;

@@ -219,11 +219,7 @@ fn route(shard: &Shard, pod: &Pod, destination: &Destination) -> Route {
         address: SocketAddr::new(destination.address.ip(), port),
     };
     let directory = shard.directory.load();
-    let node = directory.node(&destination.workload.node).map(|node| Key {
-        source: shard.node.clone(),
-        destination: node.id.clone(),
-        address: SocketAddr::new(node.address, port),
-    });
+    let node = directory.node(&destination.workload.node).map(|node| shard.between(node));
     Route { workload, node }
 }
 

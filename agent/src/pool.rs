@@ -19,14 +19,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{Semaphore, broadcast, oneshot};
 
 use crate::hbone::Stream;
 use crate::hbone::client::Ask;
 use crate::identity::SpiffeId;
 use crate::verdict::Reason;
 use dial::Dialer;
-use slot::{Next, Otherwise, Slot};
+use slot::{Next, Otherwise, Slot, Turn};
 
 /// What may share a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +55,17 @@ pub struct Route {
     pub node: Option<Key>,
 }
 
+/// What threads tell each other of connections between nodes.
+#[derive(Clone, Debug)]
+pub enum Word {
+    /// A stream has used one for the first time: every thread's may be needed next.
+    Needed(Key),
+    /// One was made before a stream needed it: the other threads can make theirs with its session.
+    Ahead(Key),
+    /// A node's agent has made one to us, so it runs.
+    Arrived(SpiffeId),
+}
+
 /// Why there is no stream: the label, and what an operator needs to know.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{detail}")]
@@ -72,6 +83,9 @@ const MAX_TURNS: usize = 64;
 /// After finding no node scope at a node's address, workloads are dialled themselves for this long.
 const FORGO: Duration = Duration::from_secs(30);
 
+/// Connections that are made ahead at once, by one thread: streams that wait for theirs go first.
+const AHEAD: usize = 4;
+
 type Slots = HashMap<Key, Slot>;
 
 /// One thread's connections.
@@ -81,18 +95,21 @@ pub struct Pool {
     /// Nodes without node scope, and when to look again.
     forgone: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
     /// Tells the other threads' pools of connections between nodes.
-    others: broadcast::Sender<Key>,
+    others: broadcast::Sender<Word>,
+    /// Permits for connections that nobody waits for.
+    ahead: Arc<Semaphore>,
     dialer: Dialer,
     max_streams: usize,
 }
 
 impl Pool {
-    /// An empty pool that dials with `dialer`, and tells `others` of new connections between nodes.
-    pub fn new(dialer: Dialer, max_streams: u32, others: broadcast::Sender<Key>) -> Self {
+    /// An empty pool that dials with `dialer`, and tells `others` of connections between nodes.
+    pub fn new(dialer: Dialer, max_streams: u32, others: broadcast::Sender<Word>) -> Self {
         Self {
             slots: Arc::default(),
             forgone: Arc::default(),
             others,
+            ahead: Arc::new(Semaphore::new(AHEAD)),
             dialer,
             max_streams: max_streams as usize,
         }
@@ -162,7 +179,7 @@ impl Pool {
     /// Takes a place for a stream, or one among those who wait for a dial (and starts one if none runs).
     async fn next(&self, key: &Key, crowd: bool) -> Next {
         let epoch = self.dialer.epoch(&key.source);
-        let (next, dial) = poll_fn(|cx| {
+        let Turn { next, dial, first_use } = poll_fn(|cx| {
             let mut slots = self.lock();
             let slot = slots.entry(key.clone()).or_default();
             slot.discard(epoch, cx);
@@ -170,48 +187,83 @@ impl Pool {
         })
         .await;
         if dial {
-            self.dial(key.clone(), true);
+            // In a task of its own, so that it goes on when the first to wait gives up.
+            tokio::spawn(self.clone().dial(key.clone()));
+        }
+        if first_use && key.between_nodes() {
+            // Nobody listens in a pool that is alone.
+            let _ = self.others.send(Word::Needed(key.clone()));
         }
         next
     }
 
-    /// Makes a connection that another thread has needed: this one may be next.
+    /// Makes a connection in a task of its own, before a stream needs it. If that fails, nobody has lost
+    /// anything: the stream that needs it will say why.
     pub fn warm(&self, key: &Key) {
+        self.warm_after(key, Duration::ZERO);
+    }
+
+    fn warm_after(&self, key: &Key, wait: Duration) {
+        let (pool, key) = (self.clone(), key.clone());
+        tokio::spawn(async move {
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            if let Err(failure) = pool.ahead(&key).await {
+                tracing::debug!(node = %key.destination, %failure, "no connection made ahead");
+            }
+        });
+    }
+
+    /// Makes a connection before a stream needs it, unless there is one or it is on its way; says whether it
+    /// did. Few are made at once.
+    ///
+    /// # Errors
+    /// When no connection can be had.
+    pub async fn ahead(&self, key: &Key) -> Result<bool, Failure> {
+        let cut_off = || Failure { reason: Reason::Internal, detail: "dialling was cut off".into() };
+        let _permit = self.ahead.acquire().await.map_err(|_| cut_off())?;
         let epoch = self.dialer.epoch(&key.source);
-        let dial = self.lock().entry(key.clone()).or_default().begin_dial(epoch);
-        if dial {
-            self.dial(key.clone(), false);
+        let dial = self.lock().entry(key.clone()).or_default().begin_ahead(epoch);
+        if !dial {
+            return Ok(false);
         }
+        // It goes on when the caller gives up: a stream may wait for it by now.
+        let outcome = tokio::spawn(self.clone().dial(key.clone())).await.unwrap_or_else(|_| Err(cut_off()));
+        self.dialer.made_ahead(outcome.is_ok());
+        outcome.map(|()| true)
+    }
+
+    /// Whether there is a connection, or was until its other end closed it.
+    pub fn holds(&self, key: &Key) -> bool {
+        self.lock().get(key).is_some_and(Slot::is_connected)
     }
 
     /// Makes connections between nodes anew where the SVID or the roots that they rest on have changed, so
-    /// that no stream has to wait for it.
-    pub fn refresh(&self) {
-        let keys: Vec<Key> = self.lock().keys().filter(|key| key.between_nodes()).cloned().collect();
-        keys.iter().for_each(|key| self.warm(key));
+    /// that no stream has to wait for it; each at a time of its own `within` this, as every node's roots
+    /// change at once.
+    pub fn refresh(&self, within: Duration) {
+        let mut keys = Vec::new();
+        for (key, slot) in self.lock().iter_mut().filter(|(key, _)| key.between_nodes()) {
+            if self.dialer.epoch(&key.source).is_some_and(|epoch| slot.begin_refresh(epoch)) {
+                keys.push(key.clone());
+            }
+        }
+        keys.iter().for_each(|key| self.warm_after(key, within.mul_f64(fastrand::f64())));
     }
 
-    /// Dials in a task of its own, so that it goes on when the first to wait gives up. Where many workloads
-    /// share the connection, the other threads are told.
-    fn dial(&self, key: Key, tell: bool) {
-        let pool = self.clone();
-        tokio::spawn(async move {
-            let dialled = pool.dialer.dial(&key).await;
-            if tell && dialled.as_ref().is_ok_and(|dialled| dialled.proofs.is_some()) {
-                // Nobody listens in a pool that is alone.
-                let _ = pool.others.send(key.clone());
-            }
-            let waiting = {
-                let mut slots = pool.lock();
-                let slot = slots.entry(key).or_default();
-                slot.dialled(dialled)
-            };
-            let (waiting, outcome) = waiting;
-            for waiter in waiting {
-                // Whoever gave up has no more interest.
-                let _ = waiter.send(outcome.clone());
-            }
-        });
+    /// Dials, and tells those who wait for it how it went.
+    async fn dial(self, key: Key) -> Result<(), Failure> {
+        let dialled = self.dialer.dial(&key).await;
+        let (waiting, outcome) = {
+            let mut slots = self.lock();
+            slots.entry(key).or_default().dialled(dialled)
+        };
+        for waiter in waiting {
+            // Whoever gave up has no more interest.
+            let _ = waiter.send(outcome.clone());
+        }
+        outcome
     }
 
     /// Drops connections that have had no stream for `idle`. Call it now and then.

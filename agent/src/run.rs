@@ -40,8 +40,8 @@ const WANTED_FILES: u64 = 1 << 20;
 /// More data-path threads than this bring more node-to-node connections than speed.
 const MAX_DEFAULT_WORKERS: usize = 8;
 
-/// Connections between nodes that threads may be behind in hearing of.
-const DIALLED: usize = 1024;
+/// Words about connections between nodes that threads may be behind in hearing of.
+const WORDS: usize = 1024;
 
 /// What readiness waits for.
 const CONDITIONS: [&str; 3] = ["node-svid", "pods-enrolled", "workload-svids"];
@@ -188,7 +188,7 @@ fn shared(
         tls: Memory::new(keys, observe.clone()),
         observe,
         tunnel: Arc::new(config.tunnel.clone()),
-        dialled: broadcast::Sender::new(DIALLED),
+        words: broadcast::Sender::new(WORDS),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),
         abort: CancellationToken::new(),

@@ -25,11 +25,12 @@ use crate::inbound::{Front, Node};
 use crate::pod::{Pod, Pods};
 use crate::policy::Policies;
 use crate::pool::dial::Dialer;
-use crate::pool::{Key, Pool};
+use crate::pool::{Key, Pool, Word};
 use crate::telemetry::Observe;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
 use crate::verdict::Reason;
+use crate::warm::{self, Recent};
 use crate::{inbound, outbound};
 
 /// What every thread shares.
@@ -55,8 +56,8 @@ pub struct Shared {
     pub observe: Observe,
     /// Timeouts and limits.
     pub tunnel: Arc<TunnelConfig>,
-    /// Connections between nodes that one thread has needed, told to the others.
-    pub dialled: broadcast::Sender<Key>,
+    /// What threads tell each other of connections between nodes.
+    pub words: broadcast::Sender<Word>,
     /// Permits for TLS handshakes of peers that are not yet authenticated.
     pub handshakes: Arc<Semaphore>,
     /// Cancelled when the agent begins to stop: nothing new is accepted.
@@ -86,6 +87,12 @@ impl Shard {
     /// Runs a connection's task on this thread; the drain waits for it.
     pub fn spawn(self, task: impl Future<Output = ()> + Send + 'static) {
         tokio::spawn(self.shared.tasks.track_future(task));
+    }
+
+    /// Names the connection to a node's agent.
+    pub fn between(&self, node: &directory::Node) -> Key {
+        let address = SocketAddr::new(node.address, self.tunnel.port);
+        Key { source: self.node.clone(), destination: node.id.clone(), address }
     }
 
     /// Resolves when the agent begins to stop.
@@ -119,6 +126,8 @@ pub enum Command {
     Serve(Arc<Pod>, Listeners),
     /// Serve the node's front on this listener.
     ServeNode(Arc<Node>, std::net::TcpListener),
+    /// Make connections to other nodes' agents before they are needed.
+    Warm(Recent),
 }
 
 /// A running thread of the data path.
@@ -153,6 +162,11 @@ impl Thread {
         let _ = self.commands.send(Command::ServeNode(front, listener));
     }
 
+    /// Has the thread make connections before they are needed; the others follow it.
+    pub fn warm(&self, recent: Recent) {
+        let _ = self.commands.send(Command::Warm(recent));
+    }
+
     /// Waits for the thread's end, which comes when the agent aborts or has drained.
     pub fn join(self) {
         drop(self.commands);
@@ -164,8 +178,8 @@ impl Thread {
 async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
     let (trust, tls) = (Arc::clone(&shared.trust), Arc::clone(&shared.tls));
     let dialer = Dialer::new(trust, tls, Arc::clone(&shared.tunnel), shared.observe.clone());
-    let pool = Pool::new(dialer, shared.tunnel.max_streams, shared.dialled.clone());
-    let mut dialled = shared.dialled.subscribe();
+    let pool = Pool::new(dialer, shared.tunnel.max_streams, shared.words.clone());
+    let mut words = shared.words.subscribe();
     let mut trust = shared.trust.subscribe();
     let idle = shared.tunnel.idle_timeout;
     let shard = Shard { shared: Arc::new(shared), pool };
@@ -175,11 +189,18 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
             order = orders.recv() => match order {
                 Some(Command::Serve(pod, listeners)) => serve(&shard, pod, listeners),
                 Some(Command::ServeNode(node, listener)) => accept(&shard, Front::Node(node), listener),
+                Some(Command::Warm(recent)) => drop(tokio::spawn(warm::run(shard.clone(), recent))),
                 None => break,
             },
             // What was missed because too much came at once is dialled when it is needed.
-            Ok(key) = dialled.recv() => shard.pool.warm(&key),
-            Ok(()) = trust.changed() => shard.pool.refresh(),
+            Ok(word) = words.recv() => match word {
+                Word::Needed(key) | Word::Ahead(key) => shard.pool.warm(&key),
+                Word::Arrived(_) => {}
+            },
+            Ok(()) = trust.changed() => {
+                let nodes = shard.directory.load().nodes().len();
+                shard.pool.refresh(warm::spread(nodes));
+            }
             _ = sweep.tick() => shard.pool.sweep(Instant::now(), idle),
         }
     }

@@ -107,6 +107,11 @@ impl Observe {
         self.metrics.pool(change);
     }
 
+    /// A pooled connection was made before a stream needed it, or could not be.
+    pub fn ahead(&self, made: bool) {
+        self.metrics.ahead(made);
+    }
+
     /// An endpoint of a service was picked; `again` says that another had failed before.
     pub fn picked(&self, locality: Locality, again: bool) {
         self.metrics.balance.picked(locality, again);

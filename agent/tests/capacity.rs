@@ -60,7 +60,7 @@ async fn service(ca: &Ca, who: &SpiffeId, handshakes: &Arc<AtomicUsize>) -> Sock
                 let mut connection = server::start(established.stream, 1 << 16, 1000).await.unwrap();
                 while let Some(Ok((_request, respond))) = connection.accept().await {
                     // Whoever asked may have let go already.
-                    let _ = server::accept(respond, None);
+                    let _ = server::accept(respond);
                 }
             });
         }

@@ -14,11 +14,12 @@ use hauberk::ca::{Ca, ProvenKey, create_root};
 use hauberk::config::TunnelConfig;
 use hauberk::hbone::client::Ask;
 use hauberk::hbone::{Recv, server};
+use hauberk::identity::revocation::{Revocations, Subject};
 use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
 use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Key, Pool, Route};
+use hauberk::pool::{Failure, Key, Pool, Route, Word};
 use hauberk::proof::connection::Proofs;
 use hauberk::proof::{Binding, Side};
 use hauberk::telemetry::{Metrics, Observe};
@@ -28,8 +29,11 @@ use hauberk::tls::memory::Memory;
 use hauberk::tls::server::{Listener, Terms};
 use hauberk::tls::verify::Expected;
 use hauberk::trust::Trust;
+use hauberk::verdict::Reason;
 use http::Request;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 /// What the accepting node saw, and what it did.
 #[derive(Debug, Default)]
@@ -86,12 +90,15 @@ struct Far {
     trust: Arc<Trust>,
     memory: Arc<Memory>,
     seen: Count,
+    /// A permit for each answer.
+    answers: Arc<Semaphore>,
 }
 
 impl Far {
     fn new(ca: &Ca, ids: impl Iterator<Item = SpiffeId>) -> Self {
         let (trust, memory, _) = agent(ca, ids);
-        Self { trust, memory, seen: Count::default() }
+        let answers = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
+        Self { trust, memory, seen: Count::default(), answers }
     }
 
     fn listener(&self, who: &SpiffeId, alpn: &[u8], peers: Expected) -> Arc<Listener> {
@@ -105,7 +112,11 @@ impl Far {
 
     /// Listens as an identity, a node's or a workload's.
     async fn serve(&self, who: SpiffeId) -> SocketAddr {
-        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.serve_at(who, (Ipv4Addr::LOCALHOST, 0).into()).await
+    }
+
+    async fn serve_at(&self, who: SpiffeId, at: SocketAddr) -> SocketAddr {
+        let socket = TcpListener::bind(at).await.unwrap();
         let address = socket.local_addr().unwrap();
         let listener = match who.node_name() {
             Some(_) => self.listener(&who, tls::ALPN_NODE, Expected::Node),
@@ -131,7 +142,11 @@ impl Far {
         let mut connection = server::start(stream, 1 << 20, 1000).await.unwrap();
         while let Some(Ok((request, respond))) = connection.accept().await {
             let proof = proofs.as_ref().and_then(|proofs| self.introduce(proofs, &request));
-            tokio::spawn(answer(request, respond, proof));
+            let answers = Arc::clone(&self.answers);
+            tokio::spawn(async move {
+                answers.acquire().await.unwrap().forget();
+                answer(request, respond, proof).await;
+            });
         }
     }
 
@@ -158,15 +173,22 @@ impl Far {
 }
 
 /// Grants the stream, and ends it when the opener does.
-async fn answer(request: Request<RecvStream>, respond: SendResponse<Bytes>, proof: Option<String>) {
-    let mut send = server::accept(respond, proof.as_deref()).unwrap();
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, proof: Option<String>) {
+    if let Some(proof) = proof {
+        server::prove(&mut respond, &proof).unwrap();
+    }
+    let mut send = server::accept(respond).unwrap();
     let mut body = request.into_body();
     while let Some(Ok(_)) = body.data().await {}
     send.send_data(Bytes::new(), true).unwrap();
 }
 
-fn pool((trust, memory, observe): (Arc<Trust>, Arc<Memory>, Observe)) -> Pool {
-    let dialer = Dialer::new(trust, memory, Arc::new(TunnelConfig::default()), observe);
+fn pool(agent: (Arc<Trust>, Arc<Memory>, Observe)) -> Pool {
+    configured(agent, TunnelConfig::default())
+}
+
+fn configured((trust, memory, observe): (Arc<Trust>, Arc<Memory>, Observe), config: TunnelConfig) -> Pool {
+    let dialer = Dialer::new(trust, memory, Arc::new(config), observe);
     Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1))
 }
 
@@ -223,6 +245,132 @@ async fn forty_thousand_pairs_of_identities_cost_one_handshake_and_four_hundred_
     assert_eq!(seen.handshakes, 1, "TLS handshakes grow with pairs of nodes only");
     assert_eq!(seen.theirs.len(), EACH, "each source signed once");
     assert_eq!(seen.ours.len(), EACH, "each destination signed once");
+}
+
+/// A node that is asked for its first stream, and does not answer before it is told to.
+struct Silent {
+    far: Far,
+    trust: Arc<Trust>,
+    opening: JoinHandle<Result<(), Failure>>,
+}
+
+impl Silent {
+    async fn asked(config: TunnelConfig) -> Self {
+        let ca = authority();
+        let far = Far {
+            answers: Arc::new(Semaphore::new(0)),
+            ..Far::new(&ca, [workload("b", 0), node("n2")].into_iter())
+        };
+        let address = far.serve(node("n2")).await;
+        let near = agent(&ca, [workload("a", 0), node("n1")].into_iter());
+        let trust = Arc::clone(&near.0);
+        let pool = configured(near, config);
+        let between = Key { source: node("n1"), destination: node("n2"), address };
+        let route = Route {
+            workload: Key { source: workload("a", 0), destination: workload("b", 0), address },
+            node: Some(between),
+        };
+        let ask = Ask { authority: application(0), source: application(0) };
+        let opening = tokio::spawn(async move { pool.open(&route, ask, Instant::now()).await.map(drop) });
+        while far.seen.lock().unwrap().pairs.is_empty() && !opening.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        Self { far, trust, opening }
+    }
+}
+
+#[tokio::test]
+async fn who_is_revoked_while_its_proof_is_on_its_way_is_not_believed() {
+    let silent = Silent::asked(TunnelConfig::default()).await;
+    let mut list = Revocations::default();
+    list.revoke(Subject::SpiffeId(workload("b", 0)), SystemTime::now()).unwrap();
+    silent.trust.set_revocations(list);
+    // The connection's own task has looked for streams to cut by now.
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    silent.far.answers.add_permits(1);
+    let outcome = silent.opening.await.unwrap();
+    assert_eq!(outcome.map_err(|failure| failure.reason), Err(Reason::Revoked));
+}
+
+#[tokio::test]
+async fn a_node_that_never_proves_the_destination_is_given_up() {
+    let config = TunnelConfig { handshake_timeout: Duration::from_millis(200), ..TunnelConfig::default() };
+    let silent = Silent::asked(config).await;
+    let outcome = tokio::time::timeout(Duration::from_secs(10), silent.opening).await;
+    let failure = outcome.expect("it is given up").unwrap().unwrap_err();
+    assert_eq!(failure.reason, Reason::HandshakeTimeout);
+    assert!(failure.detail.contains("handshakeTimeoutMs"), "{failure}");
+}
+
+#[tokio::test]
+async fn a_connection_made_ahead_is_the_first_streams_and_is_made_once() {
+    let ca = authority();
+    let far = Far::new(&ca, [workload("b", 0), node("n2")].into_iter());
+    let address = far.serve(node("n2")).await;
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let (trust, memory, _) = agent(&ca, [workload("a", 0), node("n1")].into_iter());
+    let (words, mut heard) = tokio::sync::broadcast::channel(8);
+    let observe = Observe::new(Arc::clone(&metrics));
+    let dialer = Dialer::new(Arc::clone(&trust), memory, Arc::new(TunnelConfig::default()), observe);
+    let pool = Pool::new(dialer, 1000, words);
+    let between = Key { source: node("n1"), destination: node("n2"), address };
+    let handshakes = || far.seen.lock().unwrap().handshakes;
+
+    assert!(!pool.holds(&between));
+    assert!(pool.ahead(&between).await.unwrap(), "there was none");
+    assert!(!pool.ahead(&between).await.unwrap(), "there is one");
+    assert!(pool.holds(&between) && heard.is_empty(), "nobody has needed it yet");
+    for _ in 0..2 {
+        all_to_all(&pool, 1, &[address], Some(between.clone())).await;
+    }
+    assert_eq!(handshakes(), 1, "the streams waited for none of their own");
+    assert!(matches!(heard.try_recv(), Ok(Word::Needed(key)) if key == between), "the first has needed it");
+    assert!(heard.is_empty(), "the second is no news");
+
+    // Trust that changed without a word of these roots and this SVID asks for nothing.
+    trust.insert(svid(&ca, &workload("a", 1)));
+    pool.refresh(Duration::ZERO);
+    settle().await;
+    assert_eq!(handshakes(), 1);
+    trust.insert(svid(&ca, &node("n1")));
+    pool.refresh(Duration::ZERO);
+    while handshakes() < 2 {
+        tokio::task::yield_now().await;
+    }
+    pool.refresh(Duration::ZERO);
+    all_to_all(&pool, 1, &[address], Some(between.clone())).await;
+    assert_eq!(handshakes(), 2, "after a rotation too");
+    pool.sweep(Instant::now(), Duration::ZERO);
+    assert!(!pool.holds(&between), "what nobody uses goes as any other");
+    pool.refresh(Duration::ZERO);
+    settle().await;
+    assert_eq!(handshakes(), 2, "and is not made again");
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_there_is_asked_once_and_held_against_nobody() {
+    let ca = authority();
+    let (trust, memory, observe) = agent(&ca, [workload("a", 0), node("n1")].into_iter());
+    let pool = configured((Arc::clone(&trust), memory, observe), TunnelConfig::default());
+    let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let between = Key { source: node("n1"), destination: node("n2"), address };
+    assert_eq!(pool.ahead(&between).await.unwrap_err().reason, Reason::NoNodeScope);
+    let far = Far::new(&ca, [workload("b", 0), node("n2")].into_iter());
+    let address = far.serve_at(node("n2"), address).await;
+    // A change of trust is no reason to try again.
+    trust.insert(svid(&ca, &node("n1")));
+    pool.refresh(Duration::ZERO);
+    settle().await;
+    assert_eq!(far.seen.lock().unwrap().handshakes, 0);
+    all_to_all(&pool, 1, &[address], Some(between)).await;
+    assert_eq!(far.seen.lock().unwrap().handshakes, 1, "a stream tries at once, and in node scope");
+}
+
+/// Lets whatever was begun go on.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
 #[tokio::test]

@@ -99,7 +99,7 @@ async fn serve(request: http::Request<h2::RecvStream>, respond: h2::server::Send
     let asked = server::parse(&request).unwrap();
     match TcpStream::connect(asked.authority).await {
         Ok(mut app) => {
-            let send = server::accept(respond, None).unwrap();
+            let send = server::accept(respond).unwrap();
             let stream = Stream { send, recv: Recv::Open(request.into_body()), place: None, lease: None };
             relay::relay(&mut app, stream, std::future::pending()).await;
         }

@@ -43,7 +43,9 @@ fn assert_reset(seen: &serde_json::Value, what: &str) {
 
 #[test]
 fn nothing_of_it_is_on_a_wire_and_no_handshake_is_made() {
-    let world = neighbours(Options { log: "info".into(), ..Options::default() });
+    // Nor by another node's agent that comes before it is needed.
+    let agent_yaml = "tunnel: {warmNodes: 0}\n".into();
+    let world = neighbours(Options { log: "info".into(), agent_yaml, ..Options::default() });
     let (client, server) = two(&world);
     let taps = ["pod2", "pod3", "wire"].map(|link| world.tap_on("n1", link).unwrap());
     let _echo = server.host.actor_server(&["echo", "0.0.0.0:8080", "[::]:8081"]).unwrap();

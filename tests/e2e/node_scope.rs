@@ -409,6 +409,40 @@ fn a_node_that_does_not_prove_the_destination_gets_no_byte_of_the_application() 
 }
 
 #[test]
+fn a_restarted_agent_connects_before_anybody_needs_it_unless_told_not_to() {
+    let handshakes = |world: &World| {
+        let done = ["role=\"client\"", "outcome=\"ok\""];
+        world.agent_ref("n1").metric("hauberk_tls_handshakes_total", &done).unwrap()
+    };
+    for warm in [true, false] {
+        let agent_yaml = format!("workers: 1\ndrainSeconds: 1\ntunnel: {{warmNodes: {}}}\n", u8::from(warm));
+        let mut world = World::new(Options { agent_yaml, ..Options::default() }).unwrap();
+        world.pod("client", "n1", Mode::Strict).unwrap();
+        world.pod("server", "n2", Mode::Strict).unwrap();
+        world.start().unwrap();
+        let to = world.get("server").v4(8080);
+        let _echo = world.get("server").host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
+        for again in [false, true] {
+            if again {
+                ["n1", "n2"].iter().for_each(|node| world.agent(node).kill9());
+                // The first finds the second away, and hears when it is back.
+                ["n1", "n2"].iter().for_each(|node| world.agent(node).restart().unwrap());
+            }
+            if warm {
+                let made = ["outcome=\"ok\""];
+                world.agent_ref("n1").wait_metric("hauberk_pool_made_ahead_total", &made, 1.0).unwrap();
+            }
+            let before = handshakes(&world);
+            assert_eq!(before > 0.0, warm, "{before} handshakes before the first stream");
+            let seen = world.get("client").host.actor(&["many", &to, "20", "4"]).unwrap();
+            assert_eq!(seen["ok"], 20, "{seen}");
+            let made = handshakes(&world) - before;
+            assert_eq!(made, f64::from(u8::from(!warm)), "handshakes that the first stream waited for");
+        }
+    }
+}
+
+#[test]
 fn where_nothing_listens_at_a_nodes_address_its_workloads_are_dialled() {
     let siege = Siege::lay();
     let mole = siege.fake(MOLE, &siege.svid(&id("mole")), ALPN_H2, Answer::Unproven);

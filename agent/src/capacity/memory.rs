@@ -88,7 +88,7 @@ async fn accept(listener: TcpListener, config: Arc<ServerConfig>) {
             };
             let mut open = Vec::new();
             while let Some(Ok((request, respond))) = connection.accept().await {
-                if let Ok(send) = server::accept(respond, None) {
+                if let Ok(send) = server::accept(respond) {
                     open.push((send, request.into_body()));
                 }
             }

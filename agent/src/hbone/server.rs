@@ -7,7 +7,7 @@ use std::pin::pin;
 use bytes::Bytes;
 use h2::server::{Builder, Connection, SendResponse};
 use h2::{RecvStream, SendStream};
-use http::{HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use super::{
     CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, PROOF_HEADER, REASON_HEADER, SEND_BUFFER_BYTES,
@@ -111,19 +111,26 @@ pub fn parse<B>(request: &Request<B>) -> Result<Asked, Reason> {
     Ok(Asked { authority, source })
 }
 
-/// Grants a request: the stream is open. In node scope, with the proof that the peer asked for.
+/// Grants a request: the stream is open.
 ///
 /// # Errors
 /// When the peer has given it up meanwhile.
-pub fn accept(mut respond: SendResponse<Bytes>, proof: Option<&str>) -> Result<SendStream<Bytes>, h2::Error> {
+pub fn accept(mut respond: SendResponse<Bytes>) -> Result<SendStream<Bytes>, h2::Error> {
+    respond.send_response(Response::new(()), false)
+}
+
+/// Sends the destination's proof ahead of the answer (RFC 9110, section 15.2), in node scope.
+///
+/// # Errors
+/// When the peer has given the request up meanwhile.
+pub fn prove(respond: &mut SendResponse<Bytes>, proof: &str) -> Result<(), h2::Error> {
+    let value = HeaderValue::from_str(proof).map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR));
+    let mut value = value?;
+    value.set_sensitive(true);
     let mut response = Response::new(());
-    if let Some(proof) = proof {
-        let value = HeaderValue::from_str(proof).map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR));
-        let mut value = value?;
-        value.set_sensitive(true);
-        response.headers_mut().insert(PROOF_HEADER, value);
-    }
-    respond.send_response(response, false)
+    *response.status_mut() = StatusCode::EARLY_HINTS;
+    response.headers_mut().insert(PROOF_HEADER, value);
+    respond.send_informational(response)
 }
 
 /// What a request says of workloads, in node scope.

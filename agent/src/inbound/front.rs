@@ -101,8 +101,6 @@ pub(super) struct Admitted {
     pub(super) asked: Asked,
     /// Cut when one of the certificates that it rests on is revoked.
     pub(super) lease: Arc<Lease>,
-    /// The destination's proof, if the peer asked for it.
-    pub(super) proof: Option<Arc<Shown>>,
 }
 
 /// What admission knows of the tunnel that a stream comes on.
@@ -161,6 +159,26 @@ impl Front {
         }
     }
 
+    /// The destination's proof, if the peer wants it: sent before anything else is looked at, so that the peer
+    /// verifies it while we verify the source's and connect to the application. It gives nothing away that a
+    /// TLS server would not send to a client before it knows who that is.
+    pub(super) fn proof(
+        &self,
+        shard: &Shard,
+        tunnel: &Tunnel,
+        request: &Request<RecvStream>,
+    ) -> Option<Arc<Shown>> {
+        let (Self::Node(_), Tunnel::Node(proofs)) = (self, tunnel) else { return None };
+        if !server::identified(request).is_ok_and(|said| said.want) {
+            return None;
+        }
+        let pod = shard.pods.at(server::parse(request).ok()?.authority.ip())?;
+        let trust = shard.trust.snapshot();
+        let own = trust.svids.get(&pod.workload.id).filter(|svid| trust.revoked(svid.leaf()).is_none())?;
+        // Why it cannot be made is said when the request is judged.
+        proofs.show(own).ok()
+    }
+
     /// May this be asked here?
     pub(super) fn admit(
         &self,
@@ -172,7 +190,7 @@ impl Front {
         let (pod, introduced) = match (self, tunnel) {
             // The tunnel's server identity is the pod's, so only the pod's own addresses may be named.
             (Self::Pod(pod), Tunnel::Workload { peer, lease }) if pod.has(asked.authority.ip()) => {
-                (Arc::clone(pod), (peer.clone(), Arc::clone(lease), None))
+                (Arc::clone(pod), (peer.clone(), Arc::clone(lease)))
             }
             (Self::Node(_), Tunnel::Node(proofs)) => {
                 let pod = shard.pods.at(asked.authority.ip());
@@ -186,22 +204,22 @@ impl Front {
     }
 }
 
-type Introduced = (SpiffeId, Arc<Lease>, Option<Arc<Shown>>);
+/// The source, and what its streams share.
+type Introduced = (SpiffeId, Arc<Lease>);
 
 fn finish(
     pod: Arc<Pod>,
     asked: Asked,
-    (source, lease, proof): Introduced,
+    (source, lease): Introduced,
     request: &Request<RecvStream>,
 ) -> Result<Admitted, Refusal> {
     if pod.own_ports.contains(&asked.authority.port()) {
         return Err(refusal(Reason::AgentPort, request));
     }
-    Ok(Admitted { pod, source, asked, lease, proof })
+    Ok(Admitted { pod, source, asked, lease })
 }
 
-/// Node scope: the source has proven itself on this connection and runs on the peer's node; we prove the
-/// destination if we are asked to.
+/// Node scope: the source has proven itself on this connection and runs on the peer's node.
 fn introduce(
     shard: &Shard,
     proofs: &Proofs,
@@ -235,8 +253,11 @@ fn introduce(
         reason: Reason::NoSvid,
         detail: format!("{id} has no SVID that it may present"),
     })?;
-    let proof = if said.want { Some(proofs.show(own)?) } else { None };
-    Ok((source, proofs.lease(&theirs, own), proof))
+    if said.want {
+        // It was sent ahead; if it could not be made, this says why.
+        proofs.show(own)?;
+    }
+    Ok((source, proofs.lease(&theirs, own)))
 }
 
 fn refusal(reason: Reason, request: &Request<RecvStream>) -> Refusal {

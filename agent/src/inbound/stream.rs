@@ -127,8 +127,7 @@ async fn relay(
     respond: SendResponse<Bytes>,
     stop: impl Future<Output = Reason>,
 ) -> Relayed {
-    let proof = admitted.proof.as_ref().map(|shown| &*shown.header);
-    match server::accept(respond, proof) {
+    match server::accept(respond) {
         Ok(send) => {
             let recv = Recv::Open(body);
             let stream = Stream { send, recv, place: None, lease: Some(Arc::clone(&admitted.lease)) };

@@ -1,10 +1,11 @@
 //! Keeps the node's own SVID over a restart of the agent, in memory only, and what it knew of
-//! revocations; in [`tickets`], the keys of session tickets.
+//! revocations; in [`tickets`], the keys of session tickets; in [`nodes`], which nodes it spoke to.
 //!
 //! A restarted agent has used its join token up, and must not forget whom it refused while the
 //! authority is away. Keys never touch a disk: the file is written only
 //! where the file system is a tmpfs, and goes with the machine's power.
 
+pub mod nodes;
 pub mod tickets;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};

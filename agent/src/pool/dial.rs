@@ -139,6 +139,21 @@ impl Dialer {
         roots.map_err(|error| Failure { reason: Reason::Internal, detail: error.to_string().into() })
     }
 
+    /// Counts a connection that was made ahead, or could not be.
+    pub(super) fn made_ahead(&self, made: bool) {
+        self.observe.ahead(made);
+    }
+
+    /// The state of trust as of now.
+    pub(super) fn trust(&self) -> Arc<Snapshot> {
+        self.trust.snapshot()
+    }
+
+    /// How long a destination's proof is waited for: it is a part of the handshake that its node made for it.
+    pub(super) fn proof_timeout(&self) -> Duration {
+        self.config.handshake_timeout
+    }
+
     /// The time, as certificates count it.
     pub(super) fn now(&self) -> UnixTime {
         self.tls.now()

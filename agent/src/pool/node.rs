@@ -1,8 +1,13 @@
 //! A stream in node scope: shows our workload's proof, and sends nothing of an application to a
 //! destination that has not proven itself on this connection.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
+
+use http::HeaderValue;
+use tokio::time::timeout;
 
 use super::dial::Dialer;
 use super::{Failure, Key};
@@ -37,7 +42,7 @@ pub(super) async fn stream(
 ) -> Result<Option<Stream>, Failure> {
     let (svid, trust) = dialer.svid(&parties.source).await?;
     let roots = dialer.roots(&trust)?;
-    let moment = Moment { proofs, parties, svid, trust, roots };
+    let mut moment = Moment { proofs, parties, svid, trust, roots };
     let shown = proofs.show(&moment.svid).map_err(|refusal| moment.failure(refusal))?;
     let known = proofs.knows(&parties.destination, &moment.trust, &moment.roots, dialer.now());
     let who = Identified {
@@ -52,29 +57,51 @@ pub(super) async fn stream(
         Err(_) => moment.meet(&mut stream, dialer).await?,
     };
     stream.lease = Some(proofs.lease(&theirs, &moment.svid));
+    // The connection's own task may have looked through the leases just before this one was among them.
+    let now = dialer.trust();
+    if now.bundle_epoch != moment.trust.bundle_epoch {
+        proofs.cut_revoked(&now);
+    }
     Ok(Some(stream))
 }
 
 impl Moment<'_> {
-    /// Waits for the destination's proof.
-    async fn meet(&self, stream: &mut Stream, dialer: &Dialer) -> Result<Arc<Verified>, Failure> {
-        let Recv::Pending(response, proof) = &mut stream.recv else {
-            return Err(self.failed(Reason::Internal, "a stream that was answered before it was asked"));
-        };
-        let response =
-            response.await.map_err(|error| self.failed(hbone::reason(&error), &error.to_string()))?;
-        let response = hbone::granted(response, proof.as_deref())
-            .map_err(|reason| self.failed(reason, "the peer's agent refused the stream"))?;
-        let proof = response.headers().get(PROOF_HEADER);
-        let proof = proof.ok_or_else(|| self.failed(Reason::Unproven, "it has not proven itself"))?;
+    /// Waits for the destination's proof, and judges it by the trust of the moment at which it is there.
+    async fn meet(&mut self, stream: &mut Stream, dialer: &Dialer) -> Result<Arc<Verified>, Failure> {
+        let patience = dialer.proof_timeout();
+        let proof = timeout(patience, self.proof(stream)).await.unwrap_or_else(|_| {
+            let detail = format!("no proof of it came within {patience:?} (tunnel.handshakeTimeoutMs)");
+            Err(self.failed(Reason::HandshakeTimeout, &detail))
+        })?;
+        self.trust = dialer.trust();
+        self.roots = dialer.roots(&self.trust)?;
+        if let Some(revoked) = self.trust.revoked(self.svid.leaf()) {
+            return Err(self.failed(Reason::Revoked, &revoked.to_string()));
+        }
         let learnt = self.proofs.learn(proof.as_bytes(), &self.trust, &self.roots, dialer.now());
         let theirs = learnt.map_err(|refusal| self.failure(refusal))?;
         if theirs.leaf.id != self.parties.destination {
             let detail = format!("{} has proven itself instead", theirs.leaf.id);
             return Err(self.failed(Reason::WrongIdentity, &detail));
         }
-        stream.recv = Recv::Open(response.into_body());
         Ok(theirs)
+    }
+
+    /// The destination's proof: ahead of the answer, while its agent connects to the application, or in it.
+    async fn proof(&self, stream: &mut Stream) -> Result<HeaderValue, Failure> {
+        let Recv::Pending(response, shown) = &mut stream.recv else {
+            return Err(self.failed(Reason::Internal, "a stream that was answered before it was asked"));
+        };
+        if let Some(early) = poll_fn(|cx| early(response, cx)).await {
+            return Ok(early);
+        }
+        let response =
+            response.await.map_err(|error| self.failed(hbone::reason(&error), &error.to_string()))?;
+        let response = hbone::granted(response, shown.as_deref())
+            .map_err(|reason| self.failed(reason, "the peer's agent refused the stream"))?;
+        let proof = response.headers().get(PROOF_HEADER).cloned();
+        stream.recv = Recv::Open(response.into_body());
+        proof.ok_or_else(|| self.failed(Reason::Unproven, "it has not proven itself"))
     }
 
     fn failure(&self, refusal: Refusal) -> Failure {
@@ -85,4 +112,14 @@ impl Moment<'_> {
         let (destination, node) = (&self.parties.destination, self.proofs.peer());
         Failure { reason, detail: format!("{destination} on {node}: {detail}").into() }
     }
+}
+
+/// The proof that comes ahead of the answer; `None` when the answer is there first, or the stream's end.
+fn early(response: &mut h2::client::ResponseFuture, cx: &mut Context<'_>) -> Poll<Option<HeaderValue>> {
+    while let Some(Ok(informational)) = ready!(response.poll_informational(cx)) {
+        if let Some(proof) = informational.headers().get(PROOF_HEADER) {
+            return Poll::Ready(Some(proof.clone()));
+        }
+    }
+    Poll::Ready(None)
 }

@@ -1,7 +1,7 @@
 //! One key's connections, and who waits for the next: no I/O, no clock.
 
 use std::sync::Arc;
-use std::task::Context;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -31,6 +31,15 @@ pub(super) enum Otherwise {
 /// Connections of one key that bulk may spread over.
 const MAX_SPREAD: usize = 4;
 
+/// An answer to whoever asks for a stream.
+pub(super) struct Turn {
+    pub(super) next: Next,
+    /// Whoever asked must dial.
+    pub(super) dial: bool,
+    /// The place is the first on its connection.
+    pub(super) first_use: bool,
+}
+
 #[derive(Debug)]
 struct Pooled {
     tunnel: Tunnel,
@@ -38,6 +47,8 @@ struct Pooled {
     /// The trust it was verified against.
     epoch: Epoch,
     idle_since: Option<Instant>,
+    /// Whether it has had a stream.
+    used: bool,
 }
 
 /// Names a state of trust for one source: its SVID's serial and the roots' epoch.
@@ -55,6 +66,8 @@ pub(super) struct Slot {
     pooled: Vec<Pooled>,
     waiting: Vec<Waiter>,
     dialling: bool,
+    /// A connection of a new epoch is going to be made ahead.
+    refreshing: bool,
 }
 
 impl Slot {
@@ -80,8 +93,30 @@ impl Slot {
         !self.is_fresh(epoch) && !std::mem::replace(&mut self.dialling, true)
     }
 
+    /// The same for whoever has no stream to wait with. Without an SVID there is nothing to dial with.
+    pub(super) fn begin_ahead(&mut self, epoch: Option<Epoch>) -> bool {
+        self.refreshing = false;
+        if epoch.is_none() {
+            return false;
+        }
+        self.discard(epoch, &mut Context::from_waker(Waker::noop()));
+        self.begin_dial(epoch)
+    }
+
+    /// Whether what is connected is of an earlier epoch, and nobody was told to mend that yet; who is told so
+    /// must.
+    pub(super) fn begin_refresh(&mut self, epoch: Epoch) -> bool {
+        let old = self.is_connected() && !self.is_fresh(Some(epoch));
+        old && !std::mem::replace(&mut self.refreshing, true)
+    }
+
+    /// Whether there is a connection, or was when somebody looked last.
+    pub(super) fn is_connected(&self) -> bool {
+        !self.pooled.is_empty()
+    }
+
     /// A place on the connection with the fewest streams, those without bulk first; or one among those who
-    /// wait; true asks for a dial. Where all connections carry bulk, another is waited for, up to
+    /// wait. Where all connections carry bulk, another is waited for, up to
     /// [`MAX_SPREAD`] and unless `crowd` says that it could not be had.
     pub(super) fn next(
         &mut self,
@@ -89,7 +124,7 @@ impl Slot {
         max_streams: usize,
         now: Instant,
         crowd: bool,
-    ) -> (Next, bool) {
+    ) -> Turn {
         let spread = !crowd && self.pooled.len() < MAX_SPREAD;
         let room = |p: &Pooled| p.tunnel.streams() < p.tunnel.allowed().min(max_streams);
         let rank = |p: &Pooled| (p.tunnel.is_bulk(now), p.tunnel.streams());
@@ -98,12 +133,13 @@ impl Slot {
         if let Some(pooled) = best.filter(|p| !(spread && p.tunnel.is_bulk(now))) {
             pooled.idle_since = None;
             let next = Next::Place(pooled.tunnel.place(), pooled.proofs.clone());
-            return (next, self.begin_dial(epoch));
+            let first_use = !std::mem::replace(&mut pooled.used, true);
+            return Turn { next, dial: self.begin_dial(epoch), first_use };
         }
         let (waiter, dialled) = oneshot::channel();
         self.waiting.push(waiter);
         let dial = !std::mem::replace(&mut self.dialling, true);
-        (Next::Wait(dialled, otherwise), dial)
+        Turn { next: Next::Wait(dialled, otherwise), dial, first_use: false }
     }
 
     /// Takes a dial's outcome; returns who waited for it, and what to tell them.
@@ -113,7 +149,7 @@ impl Slot {
     ) -> (Vec<Waiter>, Result<(), Failure>) {
         self.dialling = false;
         let told = outcome.map(|Dialled { tunnel, proofs, epoch }| {
-            self.pooled.push(Pooled { tunnel, proofs, epoch, idle_since: None });
+            self.pooled.push(Pooled { tunnel, proofs, epoch, idle_since: None, used: false });
         });
         (std::mem::take(&mut self.waiting), told)
     }

@@ -68,6 +68,8 @@ pub struct Metrics {
     handshakes: Handshakes,
     pub(super) balance: Balance,
     pool: IntGauge,
+    /// Failed, made.
+    ahead: [IntCounter; 2],
     /// `[role]`.
     cut: [IntCounter; 2],
     revocations: IntGauge,
@@ -105,7 +107,14 @@ impl Metrics {
             "Tunnels closed because a certificate of theirs was revoked, by our side of them.",
             &["role"],
         )?;
+        let ahead = counters(
+            &registry,
+            "hauberk_pool_made_ahead_total",
+            "Connections between nodes that were made before a stream needed one, by outcome.",
+            &["outcome"],
+        )?;
         Ok(Self {
+            ahead: ["failed", "ok"].map(|outcome| ahead.with_label_values(&[outcome])),
             cut: ROLES.map(|role| cut.with_label_values(&[role])),
             revocations: register(&registry, IntGauge::new("hauberk_revocations", "Revocations in force.")?)?,
             generation: register(
@@ -192,6 +201,10 @@ impl Metrics {
 
     pub(super) fn cut(&self, role: Role) {
         self.cut[role as usize].inc();
+    }
+
+    pub(super) fn ahead(&self, made: bool) {
+        self.ahead[usize::from(made)].inc();
     }
 
     pub(super) fn pool(&self, change: i64) {
