@@ -119,7 +119,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("capacity", &["ca", "hbone", "identity", "issue", "tls"]),
+    ("capacity", &["ca", "hbone", "identity", "issue", "proof", "telemetry", "tls"]),
     ("lib", &[]),
 ];
 
