@@ -4,7 +4,8 @@
 //! its own. Handshakes go over loopback TCP with the agent's own TLS code. Measured is the accepting
 //! thread: until the last peer is back, and the CPU it used for that.
 //!
-//! `cargo bench -p hauberk --bench resumption -- [--peers N] [--rounds N] [--json FILE]`
+//! `cargo bench -p hauberk --bench resumption -- [--peers N] [--rounds N] [--json]`; `cargo xtask bench` puts
+//! what `--json` prints into its report.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark may stop at the first surprise")]
 
 use std::net::SocketAddr;
@@ -73,15 +74,15 @@ struct Bench {
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
-    let (mut peers, mut rounds, mut json) = (1000, 5, None);
+    let (mut peers, mut rounds, mut json) = (1000, 5, false);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--peers" => peers = arguments.next().and_then(|n| n.parse().ok()).expect("--peers N"),
             "--rounds" => rounds = arguments.next().and_then(|n| n.parse().ok()).expect("--rounds N"),
-            "--json" => json = Some(arguments.next().expect("--json FILE")),
+            "--json" => json = true,
             // What cargo passes.
             "--bench" | "--test" => {}
-            other => panic!("{other}: not --peers N, --rounds N or --json FILE"),
+            other => panic!("{other}: not --peers N, --rounds N or --json"),
         }
     }
     let bench = Bench::new(peers);
@@ -94,18 +95,17 @@ fn main() {
     }
     let _ = std::fs::remove_dir_all(&bench.dir);
     let medians: Vec<Cost> = costs.iter().map(|costs| median(costs)).collect();
-    print(peers, rounds, &medians);
-    if let Some(path) = json {
-        let rows = CASES.iter().zip(&medians).map(|((_, name), cost)| {
-            serde_json::json!({
-                "case": name, "peers": peers, "rounds": rounds, "resumed": cost.resumed,
-                "recover_seconds": cost.wall, "agent_cpu_seconds": cost.server_cpu,
-                "peers_cpu_seconds": cost.peers_cpu,
-            })
-        });
-        let rows: Vec<_> = rows.collect();
-        std::fs::write(path, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
+    if !json {
+        return print(peers, rounds, &medians);
     }
+    let rows = CASES.iter().zip(&medians).map(|((_, name), cost)| {
+        serde_json::json!({
+            "case": name, "peers": peers, "rounds": rounds, "resumed": cost.resumed,
+            "recover_seconds": cost.wall, "agent_cpu_seconds": cost.server_cpu,
+            "peers_cpu_seconds": cost.peers_cpu,
+        })
+    });
+    println!("{}", serde_json::Value::from_iter(rows));
 }
 
 fn median(costs: &[Cost]) -> Cost {

@@ -2,194 +2,23 @@
 //! and neither with pairs of identities. Pool, TLS, HBONE and proofs over loopback.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
-use std::collections::HashSet;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+mod far;
 
-use bytes::Bytes;
-use h2::RecvStream;
-use h2::server::SendResponse;
-use hauberk::ca::{Ca, ProvenKey, create_root};
-use hauberk::config::TunnelConfig;
-use hauberk::hbone::client::Ask;
-use hauberk::hbone::{Recv, server};
-use hauberk::identity::revocation::{Revocations, Subject};
-use hauberk::identity::svid::X509Svid;
-use hauberk::identity::{SpiffeId, TrustDomain};
-use hauberk::issue::Keypair;
-use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Failure, Key, Pool, Route, Word};
-use hauberk::proof::connection::Proofs;
-use hauberk::proof::{Binding, Side};
-use hauberk::telemetry::{Metrics, Observe};
-use hauberk::tls;
-use hauberk::tls::handshake::Established;
-use hauberk::tls::memory::Memory;
-use hauberk::tls::server::{Listener, Terms};
-use hauberk::tls::verify::Expected;
-use hauberk::trust::Trust;
-use hauberk::verdict::Reason;
-use http::Request;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
+use std::net::SocketAddr;
+use std::time::Instant;
 
-/// What the accepting node saw, and what it did.
-#[derive(Debug, Default)]
-struct Seen {
-    handshakes: usize,
-    /// Proofs of the dialling node's workloads, by their bytes: each is a signature that was made there.
-    theirs: HashSet<Vec<u8>>,
-    /// Proofs that were answered: each is a signature that was made here.
-    ours: HashSet<String>,
-    /// Who spoke to whom.
-    pairs: HashSet<(String, SocketAddr)>,
+use far::{Agent, Far, authority, exchange, node, workload};
+use hauberk::identity::SpiffeId;
+use hauberk::pool::{Key, Pool, Route};
+use tokio::net::TcpListener;
+
+/// A pool that is alone.
+fn pool(agent: &Agent) -> Pool {
+    agent.pool(&tokio::sync::broadcast::Sender::new(1))
 }
 
-type Count = Arc<Mutex<Seen>>;
-
-fn domain() -> TrustDomain {
-    TrustDomain::parse("td.test").unwrap()
-}
-
-fn node(name: &str) -> SpiffeId {
-    SpiffeId::node(&domain(), name).unwrap()
-}
-
-fn workload(side: &str, number: usize) -> SpiffeId {
-    SpiffeId::workload(&domain(), "shop", &format!("{side}{number}")).unwrap()
-}
-
-fn authority() -> Ca {
-    Ca::from_pem(domain(), &create_root(&domain(), SystemTime::now()).unwrap()).unwrap()
-}
-
-fn svid(ca: &Ca, id: &SpiffeId) -> X509Svid {
-    let key = Keypair::generate().unwrap();
-    let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
-    key.with_chain(ca.issue(&proven, id, Duration::from_secs(3600), SystemTime::now()).unwrap()).unwrap()
-}
-
-/// What one node holds: the trust of its agent, and its memory of sessions.
-fn agent(ca: &Ca, ids: impl Iterator<Item = SpiffeId>) -> (Arc<Trust>, Arc<Memory>, Observe) {
-    let trust = Trust::new(ca.bundle().clone());
-    ids.for_each(|id| trust.insert(svid(ca, &id)));
-    let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
-    (trust, Memory::new(Some(tls::ticket::fleeting()), observe.clone()), observe)
-}
-
-/// The address of a destination's application, which is also what tells the destinations apart.
-fn application(number: usize) -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, u16::try_from(number + 1).unwrap()).into()
-}
-
-/// The accepting node, as `inbound` is one, without policies and applications.
-#[derive(Clone)]
-struct Far {
-    trust: Arc<Trust>,
-    memory: Arc<Memory>,
-    seen: Count,
-    /// A permit for each answer.
-    answers: Arc<Semaphore>,
-}
-
-impl Far {
-    fn new(ca: &Ca, ids: impl Iterator<Item = SpiffeId>) -> Self {
-        let (trust, memory, _) = agent(ca, ids);
-        let answers = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
-        Self { trust, memory, seen: Count::default(), answers }
-    }
-
-    fn listener(&self, who: &SpiffeId, alpn: &[u8], peers: Expected) -> Arc<Listener> {
-        let now = self.trust.snapshot();
-        let roots = self.memory.roots(&now.bundle, now.bundle_epoch).unwrap();
-        let (svid, place) = (&now.svids[who], [who.as_str().as_bytes()]);
-        let (alpn, place) = (&[alpn][..], &place[..]);
-        let terms = Terms { svid, roots: &roots, peers, judge: None, alpn, place, mode: "strict" };
-        self.memory.listener(&terms).unwrap()
-    }
-
-    /// Listens as an identity, a node's or a workload's.
-    async fn serve(&self, who: SpiffeId) -> SocketAddr {
-        self.serve_at(who, (Ipv4Addr::LOCALHOST, 0).into()).await
-    }
-
-    async fn serve_at(&self, who: SpiffeId, at: SocketAddr) -> SocketAddr {
-        let socket = TcpListener::bind(at).await.unwrap();
-        let address = socket.local_addr().unwrap();
-        let listener = match who.node_name() {
-            Some(_) => self.listener(&who, tls::ALPN_NODE, Expected::Node),
-            None => self.listener(&who, tls::ALPN_H2, Expected::Member),
-        };
-        let far = self.clone();
-        tokio::spawn(async move {
-            while let Ok((tcp, _)) = socket.accept().await {
-                tokio::spawn(far.clone().tunnel(Arc::clone(&listener), who.clone(), tcp));
-            }
-        });
-        address
-    }
-
-    async fn tunnel(self, listener: Arc<Listener>, who: SpiffeId, tcp: TcpStream) {
-        let (config, judged) = listener.accept();
-        let Established { stream, session } = tls::handshake::accept(config, tcp).await.unwrap();
-        let peer = judged.settle(Some(session.kind), session.peer_chain()).unwrap().leaf.id;
-        self.seen.lock().unwrap().handshakes += 1;
-        let between_nodes = who.node_name().is_some();
-        let binding = Binding { exporter: session.exporter, client: peer, server: who };
-        let proofs = between_nodes.then(|| Proofs::new(binding, Side::Server));
-        let mut connection = server::start(stream, 1 << 20, 1000).await.unwrap();
-        while let Some(Ok((request, respond))) = connection.accept().await {
-            let proof = proofs.as_ref().and_then(|proofs| self.introduce(proofs, &request));
-            let answers = Arc::clone(&self.answers);
-            tokio::spawn(async move {
-                answers.acquire().await.unwrap().forget();
-                answer(request, respond, proof).await;
-            });
-        }
-    }
-
-    /// As `inbound::front` does it; what it would refuse stops the test.
-    fn introduce(&self, proofs: &Proofs, request: &Request<RecvStream>) -> Option<String> {
-        let asked = server::parse(request).unwrap();
-        let said = server::identified(request).unwrap();
-        let trust = self.trust.snapshot();
-        let roots = self.memory.roots(&trust.bundle, trust.bundle_epoch).unwrap();
-        let source = SpiffeId::parse(said.source).unwrap();
-        let theirs = match said.proof {
-            Some(proof) => proofs.learn(proof, &trust, &roots, self.memory.now()),
-            None => proofs.knows(&source, &trust, &roots, self.memory.now()),
-        };
-        assert_eq!(theirs.unwrap().leaf.id, source, "the proof is the source's");
-        let destination = workload("b", usize::from(asked.authority.port()) - 1);
-        let shown = said.want.then(|| proofs.show(&trust.svids[&destination]).unwrap().header.clone());
-        let mut seen = self.seen.lock().unwrap();
-        seen.pairs.insert((said.source.to_owned(), asked.authority));
-        seen.theirs.extend(said.proof.map(<[u8]>::to_vec));
-        seen.ours.extend(shown.clone());
-        shown
-    }
-}
-
-/// Grants the stream, and ends it when the opener does.
-async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, proof: Option<String>) {
-    if let Some(proof) = proof {
-        server::prove(&mut respond, &proof).unwrap();
-    }
-    let mut send = server::accept(respond).unwrap();
-    let mut body = request.into_body();
-    while let Some(Ok(_)) = body.data().await {}
-    send.send_data(Bytes::new(), true).unwrap();
-}
-
-fn pool(agent: (Arc<Trust>, Arc<Memory>, Observe)) -> Pool {
-    configured(agent, TunnelConfig::default())
-}
-
-fn configured((trust, memory, observe): (Arc<Trust>, Arc<Memory>, Observe), config: TunnelConfig) -> Pool {
-    let dialer = Dialer::new(trust, memory, Arc::new(config), observe);
-    Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1))
+fn workloads(side: &'static str, count: usize) -> impl Iterator<Item = SpiffeId> {
+    (0..count).map(move |number| workload(side, number))
 }
 
 /// Every one of `sources` opens a stream to every one of the destinations, one after another; the sources
@@ -202,15 +31,7 @@ async fn all_to_all(pool: &Pool, sources: usize, addresses: &[SocketAddr], betwe
             for (number, address) in addresses.into_iter().enumerate() {
                 let (source, destination) = (workload("a", source), workload("b", number));
                 let route = Route { workload: Key { source, destination, address }, node: node.clone() };
-                let ask = Ask { authority: application(number), source: application(0) };
-                let mut stream = pool.open(&route, ask, Instant::now()).await.unwrap();
-                stream.send.send_data(Bytes::new(), true).unwrap();
-                stream.recv.accepted().await.unwrap();
-                let Recv::Open(body) = &mut stream.recv else { unreachable!("it was accepted") };
-                while let Some(data) = body.data().await {
-                    let data = data.expect("the stream ends as its other end has");
-                    assert!(data.is_empty(), "nobody sends anything: {data:?}");
-                }
+                exchange(&pool, &route, number, Instant::now()).await;
             }
         });
     }
@@ -223,9 +44,9 @@ async fn all_to_all(pool: &Pool, sources: usize, addresses: &[SocketAddr], betwe
 async fn forty_thousand_pairs_of_identities_cost_one_handshake_and_four_hundred_signatures() {
     const EACH: usize = 200;
     let ca = authority();
-    let far = Far::new(&ca, (0..EACH).map(|n| workload("b", n)).chain([node("n2")]));
+    let far = Far::new(Agent::new(&ca, workloads("b", EACH).chain([node("n2")]), true), "b");
     let address = far.serve(node("n2")).await;
-    let pool = pool(agent(&ca, (0..EACH).map(|n| workload("a", n)).chain([node("n1")])));
+    let pool = pool(&Agent::new(&ca, workloads("a", EACH).chain([node("n1")]), true));
     let between = Key { source: node("n1"), destination: node("n2"), address };
     // Whoever fell back to workload scope would find nobody at this address.
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
@@ -247,142 +68,16 @@ async fn forty_thousand_pairs_of_identities_cost_one_handshake_and_four_hundred_
     assert_eq!(seen.ours.len(), EACH, "each destination signed once");
 }
 
-/// A node that is asked for its first stream, and does not answer before it is told to.
-struct Silent {
-    far: Far,
-    trust: Arc<Trust>,
-    opening: JoinHandle<Result<(), Failure>>,
-}
-
-impl Silent {
-    async fn asked(config: TunnelConfig) -> Self {
-        let ca = authority();
-        let far = Far {
-            answers: Arc::new(Semaphore::new(0)),
-            ..Far::new(&ca, [workload("b", 0), node("n2")].into_iter())
-        };
-        let address = far.serve(node("n2")).await;
-        let near = agent(&ca, [workload("a", 0), node("n1")].into_iter());
-        let trust = Arc::clone(&near.0);
-        let pool = configured(near, config);
-        let between = Key { source: node("n1"), destination: node("n2"), address };
-        let route = Route {
-            workload: Key { source: workload("a", 0), destination: workload("b", 0), address },
-            node: Some(between),
-        };
-        let ask = Ask { authority: application(0), source: application(0) };
-        let opening = tokio::spawn(async move { pool.open(&route, ask, Instant::now()).await.map(drop) });
-        while far.seen.lock().unwrap().pairs.is_empty() && !opening.is_finished() {
-            tokio::task::yield_now().await;
-        }
-        Self { far, trust, opening }
-    }
-}
-
-#[tokio::test]
-async fn who_is_revoked_while_its_proof_is_on_its_way_is_not_believed() {
-    let silent = Silent::asked(TunnelConfig::default()).await;
-    let mut list = Revocations::default();
-    list.revoke(Subject::SpiffeId(workload("b", 0)), SystemTime::now()).unwrap();
-    silent.trust.set_revocations(list);
-    // The connection's own task has looked for streams to cut by now.
-    for _ in 0..100 {
-        tokio::task::yield_now().await;
-    }
-    silent.far.answers.add_permits(1);
-    let outcome = silent.opening.await.unwrap();
-    assert_eq!(outcome.map_err(|failure| failure.reason), Err(Reason::Revoked));
-}
-
-#[tokio::test]
-async fn a_node_that_never_proves_the_destination_is_given_up() {
-    let config = TunnelConfig { handshake_timeout: Duration::from_millis(200), ..TunnelConfig::default() };
-    let silent = Silent::asked(config).await;
-    let outcome = tokio::time::timeout(Duration::from_secs(10), silent.opening).await;
-    let failure = outcome.expect("it is given up").unwrap().unwrap_err();
-    assert_eq!(failure.reason, Reason::HandshakeTimeout);
-    assert!(failure.detail.contains("handshakeTimeoutMs"), "{failure}");
-}
-
-#[tokio::test]
-async fn a_connection_made_ahead_is_the_first_streams_and_is_made_once() {
-    let ca = authority();
-    let far = Far::new(&ca, [workload("b", 0), node("n2")].into_iter());
-    let address = far.serve(node("n2")).await;
-    let metrics = Arc::new(Metrics::new().unwrap());
-    let (trust, memory, _) = agent(&ca, [workload("a", 0), node("n1")].into_iter());
-    let (words, mut heard) = tokio::sync::broadcast::channel(8);
-    let observe = Observe::new(Arc::clone(&metrics));
-    let dialer = Dialer::new(Arc::clone(&trust), memory, Arc::new(TunnelConfig::default()), observe);
-    let pool = Pool::new(dialer, 1000, words);
-    let between = Key { source: node("n1"), destination: node("n2"), address };
-    let handshakes = || far.seen.lock().unwrap().handshakes;
-
-    assert!(!pool.holds(&between));
-    assert!(pool.ahead(&between).await.unwrap(), "there was none");
-    assert!(!pool.ahead(&between).await.unwrap(), "there is one");
-    assert!(pool.holds(&between) && heard.is_empty(), "nobody has needed it yet");
-    for _ in 0..2 {
-        all_to_all(&pool, 1, &[address], Some(between.clone())).await;
-    }
-    assert_eq!(handshakes(), 1, "the streams waited for none of their own");
-    assert!(matches!(heard.try_recv(), Ok(Word::Needed(key)) if key == between), "the first has needed it");
-    assert!(heard.is_empty(), "the second is no news");
-
-    // Trust that changed without a word of these roots and this SVID asks for nothing.
-    trust.insert(svid(&ca, &workload("a", 1)));
-    pool.refresh(Duration::ZERO);
-    settle().await;
-    assert_eq!(handshakes(), 1);
-    trust.insert(svid(&ca, &node("n1")));
-    pool.refresh(Duration::ZERO);
-    while handshakes() < 2 {
-        tokio::task::yield_now().await;
-    }
-    pool.refresh(Duration::ZERO);
-    all_to_all(&pool, 1, &[address], Some(between.clone())).await;
-    assert_eq!(handshakes(), 2, "after a rotation too");
-    pool.sweep(Instant::now(), Duration::ZERO);
-    assert!(!pool.holds(&between), "what nobody uses goes as any other");
-    pool.refresh(Duration::ZERO);
-    settle().await;
-    assert_eq!(handshakes(), 2, "and is not made again");
-}
-
-#[tokio::test]
-async fn a_node_that_is_not_there_is_asked_once_and_held_against_nobody() {
-    let ca = authority();
-    let (trust, memory, observe) = agent(&ca, [workload("a", 0), node("n1")].into_iter());
-    let pool = configured((Arc::clone(&trust), memory, observe), TunnelConfig::default());
-    let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let between = Key { source: node("n1"), destination: node("n2"), address };
-    assert_eq!(pool.ahead(&between).await.unwrap_err().reason, Reason::NoNodeScope);
-    let far = Far::new(&ca, [workload("b", 0), node("n2")].into_iter());
-    let address = far.serve_at(node("n2"), address).await;
-    // A change of trust is no reason to try again.
-    trust.insert(svid(&ca, &node("n1")));
-    pool.refresh(Duration::ZERO);
-    settle().await;
-    assert_eq!(far.seen.lock().unwrap().handshakes, 0);
-    all_to_all(&pool, 1, &[address], Some(between)).await;
-    assert_eq!(far.seen.lock().unwrap().handshakes, 1, "a stream tries at once, and in node scope");
-}
-
-/// Lets whatever was begun go on.
-async fn settle() {
-    tokio::time::sleep(Duration::from_millis(100)).await;
-}
-
 #[tokio::test]
 async fn in_workload_scope_every_pair_of_identities_costs_a_handshake() {
     const EACH: usize = 20;
     let ca = authority();
-    let far = Far::new(&ca, (0..EACH).map(|n| workload("b", n)));
+    let far = Far::new(Agent::new(&ca, workloads("b", EACH), true), "b");
     let mut addresses = Vec::new();
     for number in 0..EACH {
         addresses.push(far.serve(workload("b", number)).await);
     }
-    let pool = pool(agent(&ca, (0..EACH).map(|n| workload("a", n))));
+    let pool = pool(&Agent::new(&ca, workloads("a", EACH), true));
     for _ in 0..2 {
         all_to_all(&pool, EACH, &addresses, None).await;
     }

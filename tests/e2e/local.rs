@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use tests::host::assert_reset;
 use tests::{Mode, Options, Pod, World};
 
 /// A world whose client and server are neighbours on node 1, both strict.
@@ -33,12 +34,6 @@ fn wait_enrolled(world: &World, pods: f64) {
         std::thread::sleep(Duration::from_millis(50));
     }
     panic!("{} pods are enrolled, not {pods}", now());
-}
-
-fn assert_reset(seen: &serde_json::Value, what: &str) {
-    let end = if seen["connect"] == "ok" { &seen["end"] } else { &seen["connect"] };
-    assert!(matches!(end.as_str(), Some("reset" | "broken pipe")), "{what} must be a reset: {seen}");
-    assert!(seen["ms"].as_u64().unwrap() < 4500, "{what} must not hang: {seen}");
 }
 
 #[test]

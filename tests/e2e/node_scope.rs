@@ -2,6 +2,8 @@
 //! prove, and a node that proves nothing gets no byte of an application.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+mod siege;
+
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,69 +13,42 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::client::SendRequest;
 use h2::server::SendResponse;
-use hauberk::ca::{Ca, ProvenKey};
 use hauberk::hbone::{PROOF_HEADER, REASON_HEADER, SOURCE_HEADER};
+use hauberk::identity::SpiffeId;
 use hauberk::identity::svid::X509Svid;
-use hauberk::identity::{SpiffeId, TrustDomain};
-use hauberk::issue::Keypair;
 use hauberk::proof::{Binding, Side, prove};
 use hauberk::tls::handshake::{self, Established};
 use hauberk::tls::{self, ALPN_H2, ALPN_NODE};
 use http::{HeaderValue, Method, Request, Response};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
-use tests::{Agent, Mode, Options, World};
+use siege::{HOUR, Siege, domain, id};
+use tests::Agent;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 
-const HOUR: Duration = Duration::from_secs(3600);
 /// Node 2's agent, for other nodes.
 const NODE: &str = "192.168.50.2:15008";
 /// Where the directory has the node `evil`, and its workload `mole`.
 const EVIL: &str = "192.168.60.2:15008";
 const MOLE: &str = "192.168.60.3:15008";
 
-fn domain() -> TrustDomain {
-    TrustDomain::parse("test.local").unwrap()
-}
-
-fn id(name: &str) -> SpiffeId {
-    SpiffeId::workload(&domain(), "demo", name).unwrap()
-}
-
 fn node(name: &str) -> SpiffeId {
     SpiffeId::node(&domain(), name).unwrap()
 }
 
-/// A world whose directory lists a node `evil` with two workloads, and its CA's key in the wrong hands.
-struct Siege {
-    world: World,
-    ca: Ca,
-}
-
-impl Siege {
-    fn lay() -> Self {
-        let agent_yaml = "drainSeconds: 1\ntunnel: {handshakeTimeoutMs: 1500}\n".into();
-        let mut world = World::new(Options { agent_yaml, ..Options::default() }).unwrap();
-        world.pod("client", "n1", Mode::Strict).unwrap();
-        world.pod("server", "n2", Mode::Strict).unwrap();
+/// The directory lists a node `evil` with two workloads.
+fn lay() -> Siege {
+    Siege::of(|world| {
         world.ghost_node("evil", "192.168.60.2");
         for (workload, address) in [("mole", "192.168.60.3"), ("rat", "192.168.60.4")] {
             world.ghost_on("evil", workload, address);
             world.host("out").ip(&["addr", "add", &format!("{address}/24"), "dev", "uplink"]).unwrap();
         }
-        world.start().unwrap();
-        let pem = std::fs::read_to_string(world.dir().join("authority/ca.pem")).unwrap();
-        let ca = Ca::from_pem(domain(), &pem).unwrap();
-        Self { world, ca }
-    }
+    })
+}
 
-    fn svid_of(&self, id: &SpiffeId, now: SystemTime) -> X509Svid {
-        let key = Keypair::generate().unwrap();
-        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
-        key.with_chain(self.ca.issue(&proven, id, HOUR, now).unwrap()).unwrap()
-    }
-
+impl Siege {
     fn svid(&self, id: &SpiffeId) -> X509Svid {
         self.svid_of(id, SystemTime::now())
     }
@@ -83,15 +58,6 @@ impl Siege {
         let mut config = ClientConfig::clone(&config);
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
         Arc::new(config)
-    }
-
-    /// Runs an attack from the outside host.
-    fn attack<T: Send>(&self, attack: impl Future<Output = T> + Send) -> T {
-        let run = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), attack).await })
-        };
-        self.world.host("out").inside(run).unwrap().expect("the attack hangs")
     }
 
     /// A connection to node 2's agent as a node.
@@ -105,22 +71,6 @@ impl Siege {
         tokio::spawn(connection);
         let binding = Binding { exporter: session.exporter, client: node(from), server: node("n2") };
         Intruder { send, binding }
-    }
-
-    /// The agent on node 2 counted so many refusals under a reason, and told of it in the log.
-    fn refused_for(&self, reason: &str, times: u32) {
-        let (agent, label) = (self.world.agent_ref("n2"), format!("reason=\"{reason}\""));
-        let labels = ["inbound", "denied", &label];
-        agent.wait_metric("hauberk_connections_total", &labels, times.into()).unwrap();
-        told(agent, &label);
-    }
-
-    /// Honest members are still served.
-    fn still_serves(&self) {
-        let server = self.world.get("server");
-        let _echo = server.host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
-        let seen = self.world.get("client").host.actor(&["many", &server.v4(8080), "20", "4"]).unwrap();
-        assert_eq!(seen["ok"], 20, "{seen}");
     }
 }
 
@@ -164,7 +114,7 @@ impl Intruder {
 
 #[test]
 fn a_node_is_believed_only_what_a_workload_of_it_proves_on_this_very_connection() {
-    let siege = Siege::lay();
+    let siege = lay();
     let server = siege.world.get("server");
     let _echo = server.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap();
     let (mole, rat, client) = (id("mole"), id("rat"), id("client"));
@@ -210,7 +160,7 @@ fn a_node_is_believed_only_what_a_workload_of_it_proves_on_this_very_connection(
 
 #[test]
 fn a_proven_workload_reaches_nothing_but_the_applications_of_this_nodes_pods() {
-    let siege = Siege::lay();
+    let siege = lay();
     let (server, far) = (siege.world.get("server"), siege.world.get("client").v4(80));
     let (mole, key) = (id("mole"), siege.svid(&id("mole")));
     siege.attack(async {
@@ -235,7 +185,7 @@ fn a_proven_workload_reaches_nothing_but_the_applications_of_this_nodes_pods() {
 
 #[test]
 fn proofs_that_are_none_end_the_connection_and_large_ones_the_stream() {
-    let siege = Siege::lay();
+    let siege = lay();
     let (to, mole, key) = (siege.world.get("server").v4(8081), id("mole"), siege.svid(&id("mole")));
     siege.attack(async {
         let evil = siege.intrude("evil").await;
@@ -272,7 +222,7 @@ async fn is_let_in(to: &str, config: Arc<ClientConfig>) -> bool {
 
 #[test]
 fn nodes_and_workloads_are_let_in_at_their_own_listeners_with_their_own_protocol_only() {
-    let siege = Siege::lay();
+    let siege = lay();
     let pod = siege.world.get("server").v4(15008);
     let (evil, mole) = (siege.svid(&node("evil")), siege.svid(&id("mole")));
     let try_in = |to: &str, svid: &X509Svid, expected: SpiffeId, alpn: &[&[u8]]| {
@@ -388,7 +338,7 @@ impl Fake {
 
 #[test]
 fn a_node_that_does_not_prove_the_destination_gets_no_byte_of_the_application() {
-    let siege = Siege::lay();
+    let siege = lay();
     let fake = siege.fake(EVIL, &siege.svid(&node("evil")), ALPN_NODE, Answer::Reflected);
     let cases =
         [(Answer::Reflected, "bad_proof"), (Answer::Unproven, "unproven"), (Answer::Other, "wrong_identity")];
@@ -444,7 +394,7 @@ fn a_restarted_agent_connects_before_anybody_needs_it_unless_told_not_to() {
 
 #[test]
 fn where_nothing_listens_at_a_nodes_address_its_workloads_are_dialled() {
-    let siege = Siege::lay();
+    let siege = lay();
     let mole = siege.fake(MOLE, &siege.svid(&id("mole")), ALPN_H2, Answer::Unproven);
     assert_eq!(siege.poke(), "data");
     assert_eq!(mole.streams.load(Ordering::Relaxed), 1);
@@ -454,7 +404,7 @@ fn where_nothing_listens_at_a_nodes_address_its_workloads_are_dialled() {
 
 #[test]
 fn where_a_nodes_address_speaks_no_node_scope_its_workloads_are_dialled() {
-    let siege = Siege::lay();
+    let siege = lay();
     let evil = siege.fake(EVIL, &siege.svid(&node("evil")), ALPN_H2, Answer::Good);
     let mole = siege.fake(MOLE, &siege.svid(&id("mole")), ALPN_H2, Answer::Unproven);
     assert_eq!(siege.poke(), "data");
@@ -469,7 +419,7 @@ fn where_a_nodes_address_speaks_no_node_scope_its_workloads_are_dialled() {
 
 #[test]
 fn a_wrong_identity_at_a_nodes_address_is_an_error_and_no_reason_to_fall_back() {
-    let siege = Siege::lay();
+    let siege = lay();
     let evil = siege.fake(EVIL, &siege.svid(&node("elsewhere")), ALPN_NODE, Answer::Good);
     let mole = siege.fake(MOLE, &siege.svid(&id("mole")), ALPN_H2, Answer::Unproven);
     assert_eq!(siege.poke(), "reset");

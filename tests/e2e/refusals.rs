@@ -2,6 +2,8 @@
 //! sees, and the next honest connection works.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+mod siege;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,82 +18,19 @@ use hauberk::tls;
 use http::{Method, Request, StatusCode};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tests::{Agent, Mode, Options, World};
+use siege::{HOUR, Siege, domain, id};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-const HOUR: Duration = Duration::from_secs(3600);
-
-fn domain() -> TrustDomain {
-    TrustDomain::parse("test.local").unwrap()
+fn lay() -> Siege {
+    Siege::of(|world| world.ghost("impostor", "192.168.60.2"))
 }
 
-fn id(name: &str) -> SpiffeId {
-    SpiffeId::workload(&domain(), "demo", name).unwrap()
-}
-
-/// A world whose agents do not wait long, and its CA's key in the wrong hands.
-struct Siege {
-    world: World,
-    ca: Ca,
-}
-
-impl Siege {
-    fn lay() -> Self {
-        let agent_yaml = "drainSeconds: 1\ntunnel: {handshakeTimeoutMs: 1500}\n".into();
-        let mut world = World::new(Options { agent_yaml, ..Options::default() }).unwrap();
-        world.pod("client", "n1", Mode::Strict).unwrap();
-        world.pod("server", "n2", Mode::Strict).unwrap();
-        world.ghost("impostor", "192.168.60.2");
-        world.start().unwrap();
-        let pem = std::fs::read_to_string(world.dir().join("authority/ca.pem")).unwrap();
-        let ca = Ca::from_pem(domain(), &pem).unwrap();
-        Self { world, ca }
-    }
-
-    fn agent(&self) -> &Agent {
-        self.world.agent_ref("n2")
-    }
-
-    fn tunnel(&self) -> SocketAddr {
-        self.world.get("server").v4(15008).parse().unwrap()
-    }
-
-    fn svid(&self, name: &str, now: SystemTime) -> X509Svid {
-        let key = Keypair::generate().unwrap();
-        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
-        key.with_chain(self.ca.issue(&proven, &id(name), HOUR, now).unwrap()).unwrap()
-    }
-
-    /// Runs an attack from the outside host.
-    fn attack<T: Send>(&self, attack: impl Future<Output = T> + Send) -> T {
-        let run = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), attack).await })
-        };
-        self.world.host("out").inside(run).unwrap().expect("the attack hangs")
-    }
-
-    /// The refusal was counted under its reason, and told in the log.
-    fn refused_for(&self, reason: &str) {
-        let label = format!("reason=\"{reason}\"");
-        let agent = self.agent();
-        agent.wait_metric("hauberk_connections_total", &["inbound", "denied", &label], 1.0).unwrap();
-        let log = agent.log();
-        let told =
-            log.lines().any(|line| line.contains("WARN") && line.contains(&format!("reason=\"{reason}\"")));
-        assert!(told, "the log tells of {reason}:\n{}", agent.log_tail(10));
-    }
-
-    /// Honest members are still served.
-    fn still_serves(&self) {
-        let server = self.world.get("server");
-        let _echo = server.host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
-        let seen = self.world.get("client").host.actor(&["many", &server.v4(8080), "20", "4"]).unwrap();
-        assert_eq!(seen["ok"], 20, "{seen}");
-    }
+/// The server's own tunnel.
+fn tunnel(siege: &Siege) -> SocketAddr {
+    siege.world.get("server").v4(15008).parse().unwrap()
 }
 
 /// TLS as the configuration says; then reads, as TLS 1.3 tells a client of its refusal only then.
@@ -110,22 +49,22 @@ async fn is_let_in(to: SocketAddr, config: Arc<ClientConfig>) -> bool {
 
 #[test]
 fn peers_that_cannot_prove_who_they_are() {
-    let siege = Siege::lay();
-    let (to, now) = (siege.tunnel(), SystemTime::now());
+    let siege = lay();
+    let (to, now) = (tunnel(&siege), SystemTime::now());
     let bundle = siege.ca.bundle();
     let with = |svid: &X509Svid| tls::client::config(svid, bundle, id("server")).unwrap();
 
     let nobody = tls::client::anonymous(bundle, id("server")).unwrap();
     assert!(!siege.attack(is_let_in(to, nobody)));
-    siege.refused_for("no_client_certificate");
+    siege.refused_for("no_client_certificate", 1);
 
-    let expired = siege.svid("client", now - 2 * HOUR);
+    let expired = siege.svid_of(&id("client"), now - 2 * HOUR);
     assert!(!siege.attack(is_let_in(to, with(&expired))));
-    siege.refused_for("expired");
+    siege.refused_for("expired", 1);
 
-    let early = siege.svid("client", now + HOUR);
+    let early = siege.svid_of(&id("client"), now + HOUR);
     assert!(!siege.attack(is_let_in(to, with(&early))));
-    siege.refused_for("not_yet_valid");
+    siege.refused_for("not_yet_valid", 1);
 
     // The right name from another CA.
     let other = Ca::from_pem(domain(), &hauberk::ca::create_root(&domain(), now).unwrap()).unwrap();
@@ -133,7 +72,7 @@ fn peers_that_cannot_prove_who_they_are() {
     let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
     let forged = key.with_chain(other.issue(&proven, &id("client"), HOUR, now).unwrap()).unwrap();
     assert!(!siege.attack(is_let_in(to, with(&forged))));
-    siege.refused_for("unknown_issuer");
+    siege.refused_for("unknown_issuer", 1);
 
     // Another trust domain's name from our CA.
     let pem = std::fs::read_to_string(siege.world.dir().join("authority/ca.pem")).unwrap();
@@ -144,16 +83,16 @@ fn peers_that_cannot_prove_who_they_are() {
     let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
     let foreign = key.with_chain(foreign.issue(&proven, &foreign_id, HOUR, now).unwrap()).unwrap();
     assert!(!siege.attack(is_let_in(to, with(&foreign))));
-    siege.refused_for("other_trust_domain");
+    siege.refused_for("other_trust_domain", 1);
 
-    assert!(siege.attack(is_let_in(to, with(&siege.svid("client", now)))), "a good one is let in");
+    assert!(siege.attack(is_let_in(to, with(&siege.svid_of(&id("client"), now)))), "a good one is let in");
     siege.still_serves();
 }
 
 #[test]
 fn bytes_that_are_no_tls_or_too_old_or_too_slow() {
-    let siege = Siege::lay();
-    let to = siege.tunnel();
+    let siege = lay();
+    let to = tunnel(&siege);
     let dropped = |bytes: &'static [u8]| {
         siege.attack(async move {
             let mut tcp = TcpStream::connect(to).await.unwrap();
@@ -165,14 +104,14 @@ fn bytes_that_are_no_tls_or_too_old_or_too_slow() {
         });
     };
     dropped(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n");
-    siege.refused_for("plaintext");
+    siege.refused_for("plaintext", 1);
     dropped(&[0xff; 4096]);
     // A ClientHello that offers TLS 1.2 and nothing newer.
     dropped(include_bytes!("tls12_client_hello.bin"));
-    siege.refused_for("tls_version");
+    siege.refused_for("tls_version", 1);
     // Nothing at all: the deadline is the only thing that ends it.
     dropped(b"");
-    siege.refused_for("handshake_timeout");
+    siege.refused_for("handshake_timeout", 1);
     // A record that never ends.
     dropped(&[22, 3, 1, 0x40, 0x00, 1, 0, 0x3f, 0xfc]);
     siege.still_serves();
@@ -180,11 +119,14 @@ fn bytes_that_are_no_tls_or_too_old_or_too_slow() {
 
 #[test]
 fn requests_that_no_authenticated_peer_may_make() {
-    let siege = Siege::lay();
-    let to = siege.tunnel();
-    let config =
-        tls::client::config(&siege.svid("client", SystemTime::now()), siege.ca.bundle(), id("server"))
-            .unwrap();
+    let siege = lay();
+    let to = tunnel(&siege);
+    let config = tls::client::config(
+        &siege.svid_of(&id("client"), SystemTime::now()),
+        siege.ca.bundle(),
+        id("server"),
+    )
+    .unwrap();
     let server = siege.world.get("server");
     let (far, hbone, listener) = (siege.world.get("client").v4(80), server.v4(15008), server.v4(15001));
     let statuses = siege.attack(async {
@@ -204,23 +146,24 @@ fn requests_that_no_authenticated_peer_may_make() {
     let expected = [S::FORBIDDEN, S::FORBIDDEN, S::FORBIDDEN, S::BAD_REQUEST, S::FORBIDDEN, S::BAD_REQUEST];
     assert_eq!(statuses, expected);
     for reason in ["not_local", "agent_port", "bad_request"] {
-        siege.refused_for(reason);
+        siege.refused_for(reason, 1);
     }
     siege.still_serves();
 }
 
 #[test]
 fn a_source_address_is_believed_only_from_the_one_who_has_it() {
-    let siege = Siege::lay();
+    let siege = lay();
     let server = siege.world.get("server");
     let _whoami = server.host.actor_server(&["whoami", "0.0.0.0:8080"]).unwrap();
-    let (to, app, client) = (siege.tunnel(), server.v4(8080), siege.world.get("client").v4);
+    let (to, app, client) = (tunnel(&siege), server.v4(8080), siege.world.get("client").v4);
     let now = SystemTime::now();
     let mut seen = Vec::new();
     for (who, claims) in
         [("client", client.to_string()), ("impostor", client.to_string()), ("client", "8.8.8.8".into())]
     {
-        let config = tls::client::config(&siege.svid(who, now), siege.ca.bundle(), id("server")).unwrap();
+        let config =
+            tls::client::config(&siege.svid_of(&id(who), now), siege.ca.bundle(), id("server")).unwrap();
         seen.push(siege.attack(async {
             let (mut send, connection) =
                 h2::client::handshake(shake(to, config).await.unwrap()).await.unwrap();
@@ -241,11 +184,14 @@ fn a_source_address_is_believed_only_from_the_one_who_has_it() {
 
 #[test]
 fn http_2_abuse_ends_the_abusers_connection_only() {
-    let siege = Siege::lay();
-    let to = siege.tunnel();
-    let config =
-        tls::client::config(&siege.svid("client", SystemTime::now()), siege.ca.bundle(), id("server"))
-            .unwrap();
+    let siege = lay();
+    let to = tunnel(&siege);
+    let config = tls::client::config(
+        &siege.svid_of(&id("client"), SystemTime::now()),
+        siege.ca.bundle(),
+        id("server"),
+    )
+    .unwrap();
     let app = siege.world.get("server").v4(9);
 
     // Headers without end.
@@ -287,7 +233,7 @@ fn http_2_abuse_ends_the_abusers_connection_only() {
     let error = ended.expect("the connection is ended").unwrap().expect_err("by an error");
     // Its own writes may fail before it reads the reason.
     assert!(error.is_io() || error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM), "{error}");
-    siege.refused_for("http2");
+    siege.refused_for("http2", 1);
 
     // No HTTP/2 at all behind good TLS.
     siege.attack(async {
@@ -302,9 +248,10 @@ fn http_2_abuse_ends_the_abusers_connection_only() {
 
 #[test]
 fn a_server_that_is_not_who_the_directory_says_gets_no_byte() {
-    let siege = Siege::lay();
+    let siege = lay();
     // Holds a good SVID of the mesh, but not the impostor's whose address it has.
-    let config = tls::server::config(&siege.svid("client", SystemTime::now()), siege.ca.bundle()).unwrap();
+    let config =
+        tls::server::config(&siege.svid_of(&id("client"), SystemTime::now()), siege.ca.bundle()).unwrap();
     let serving = siege
         .world
         .host("out")

@@ -1,6 +1,7 @@
 //! Bytes, ends and failures of connections, few and many.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+use tests::host::assert_reset;
 use tests::{Mode, Options, World};
 
 #[test]
@@ -24,15 +25,6 @@ fn each_side_may_end_first() {
     assert_eq!(seen["read"], "the end", "{seen}");
     let seen = end_first.said().unwrap();
     assert_eq!((seen["received"].as_u64(), seen["ended"].as_str()), (Some(3_000_000), Some("end")), "{seen}");
-}
-
-/// A failure is a reset, and it comes at once.
-fn assert_reset(seen: &serde_json::Value, what: &str) {
-    // connect() itself succeeds, as the agent answers before the server can; the reset may be so
-    // quick that connect() already reports it.
-    let end = if seen["connect"] == "ok" { &seen["end"] } else { &seen["connect"] };
-    assert!(matches!(end.as_str(), Some("reset" | "broken pipe")), "{what} must be a reset: {seen}");
-    assert!(seen["ms"].as_u64().unwrap() < 4500, "{what} must not hang: {seen}");
 }
 
 #[test]

@@ -195,6 +195,18 @@ impl Actor {
     }
 }
 
+/// Holds what the actor's `poke` has seen to be a failure as programs shall see one: a reset, at once.
+///
+/// # Panics
+/// When it is none.
+pub fn assert_reset(seen: &serde_json::Value, what: &str) {
+    // connect() itself succeeds, as the agent answers before the server can; the reset may be so
+    // quick that connect() already reports it.
+    let end = if seen["connect"] == "ok" { &seen["end"] } else { &seen["connect"] };
+    assert!(matches!(end.as_str(), Some("reset" | "broken pipe")), "{what} must be a reset: {seen}");
+    assert!(seen["ms"].as_u64().is_some_and(|ms| ms < 4500), "{what} must not hang: {seen}");
+}
+
 /// Runs `ip`.
 ///
 /// # Errors

@@ -4,7 +4,7 @@
 //!
 //! - [`field`]: the worlds, and the ways through them; [`pair`] ([`haproxy`], [`nginx`],
 //!   [`certificates`]) and [`peer`] are other proxies, [`programs`] what else runs
-//! - [`rounds`], [`first`], [`memory`], [`handshakes`]: what is measured, with [`clients`] and
+//! - [`rounds`], [`first`], [`memory`], [`handshakes`], [`restart`]: what is measured, with [`clients`] and
 //!   [`cpu`]; [`only`]: which of it
 //! - [`figures`]: what was found; [`bars`]: whether it is enough; [`report`] ([`table`], [`plots`],
 //!   [`svg`], [`machine`]): how it is shown and kept
@@ -27,6 +27,7 @@ mod peer;
 mod plots;
 mod programs;
 mod report;
+pub(crate) mod restart;
 mod rounds;
 mod svg;
 mod table;
@@ -44,9 +45,10 @@ use field::Field;
 use figures::Results;
 use handshakes::Handshakes;
 use memory::{Amounts, Memory};
-use only::{FIRST, HANDSHAKES, MEMORY, Only};
+use only::{FIRST, HANDSHAKES, MEMORY, Only, RESTART};
 use peer::Peer;
 use report::{Report, RoundNoise};
+use restart::Restart;
 
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
@@ -62,7 +64,7 @@ pub(crate) struct Bench {
     /// Only shows that the benchmark itself works: one round, a second each, small amounts.
     #[arg(long, conflicts_with_all = ["report", "full", "rounds", "seconds"])]
     quick: bool,
-    /// A million connections opened and closed, a thousand readers that stall.
+    /// A million connections opened and closed, a thousand readers that stall; some minutes more.
     #[arg(long)]
     full: bool,
     /// Write bench/ (JSON, tables, pictures) and README's part of it.
@@ -74,7 +76,7 @@ pub(crate) struct Bench {
     #[arg(long = "peer", value_name = "NAME=ADDR:PORT")]
     peers: Vec<Peer>,
     /// Only these ways (direct, hauberk, haproxy ...) and measures (bulk1, bulk8, one, many, new, newfull,
-    /// first, handshakes, memory); of a kind that none is named of, all.
+    /// first, handshakes, restart, memory); of a kind that none is named of, all.
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', conflicts_with_all = ["report", "quick"])]
     only: Vec<String>,
     /// Where the binaries are; built first if this is not given.
@@ -126,6 +128,7 @@ impl Bench {
                 step("building with optimisation");
                 let bins = build(true)?;
                 build_beside(&bins, handshakes::PROGRAM, true)?;
+                build_beside(&bins, restart::PROGRAM, true)?;
                 bins
             }
         };
@@ -145,6 +148,7 @@ impl Bench {
         let warnings: Vec<_> = self.peers.iter().map(Peer::look).collect::<Result<_>>()?;
         let mut results = Results::default();
         let mut handshakes = Handshakes::default();
+        let mut restart = Restart::default();
         let mut noise = Vec::new();
         step("worlds, and the ways through them");
         let mut field = Field::make()?;
@@ -164,11 +168,16 @@ impl Bench {
                 say("  handshakes");
                 handshakes.measure(seconds)?;
             }
+            if only.measure(RESTART) {
+                say("  a rolling restart");
+                restart.measure(if self.quick { restart::FEW_PEERS } else { restart::PEERS })?;
+            }
             noise.push(after()?);
         }
         let amounts = match () {
             () if self.quick => Amounts::QUICK,
             () if self.full => Amounts::FULL,
+            () if self.report => Amounts::REPORT,
             () => Amounts::USUAL,
         };
         let memory = match only.measure(MEMORY) {
@@ -183,6 +192,7 @@ impl Bench {
             ways,
             results,
             handshakes,
+            restart,
             memory,
             rounds: noise,
             warnings: warnings.into_iter().flatten().collect(),

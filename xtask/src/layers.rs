@@ -121,7 +121,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("capacity", &["ca", "hbone", "identity", "issue", "tls"]),
+    ("capacity", &["ca", "hbone", "identity", "issue", "proof", "telemetry", "tls"]),
     ("lib", &[]),
 ];
 

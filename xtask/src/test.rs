@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::bench::{Bench, handshakes};
+use crate::bench::{Bench, handshakes, restart};
 use crate::demo::Demo;
 use crate::fuzz::Fuzz;
 use crate::shell::{build, build_beside, command, run, step};
@@ -35,6 +35,7 @@ impl Test {
         Demo::with_bins(bins.clone()).run()?;
         step("whether the benchmark works (cargo xtask bench measures with care)");
         build_beside(&bins, handshakes::PROGRAM, false)?;
+        build_beside(&bins, restart::PROGRAM, false)?;
         Bench::quick(bins).run()?;
         step("nothing is left behind");
         let left = tests::sweep::all_remains()?;

@@ -1,21 +1,18 @@
 //! Measures what this machine's cores do: handshakes, records, signatures, certificates.
 //!
-//! Everything runs in memory on one thread, with the configurations the agent itself uses, and is
-//! counted in that thread's CPU time: what else the machine does changes little. Each figure is the
-//! median of many small batches.
+//! Everything runs in memory on one thread, with the agent's own code on both sides, and is counted in
+//! that thread's CPU time: what else the machine does changes little. Each figure is the median of many
+//! small batches. Handshakes are with a peer that is known: its chain was verified before. Proofs are of
+//! an identity that is not.
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
-use rustls::client::Resumption;
-use rustls::crypto::aws_lc_rs::Ticketer;
 use rustls::pki_types::{ServerName, UnixTime};
-use rustls::server::danger::ClientCertVerifier;
 use rustls::{
-    ClientConfig, ClientConnection, ConnectionCommon, HandshakeKind, ServerConfig, ServerConnection,
-    SideData, SignatureScheme,
+    ClientConfig, ClientConnection, ConnectionCommon, HandshakeKind, ServerConfig, ServerConnection, SideData,
 };
 
 use super::calibration::{Calibration, Cpu, Handshake};
@@ -24,8 +21,13 @@ use crate::ca::{self, Ca, ProvenKey};
 use crate::identity::svid::X509Svid;
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::issue::Keypair;
-use crate::tls::verify::PeerVerifier;
-use crate::tls::{client, server};
+use crate::proof::{Binding, Side, prove, verify};
+use crate::telemetry::{Metrics, Observe};
+use crate::tls::client::{self, Dial};
+use crate::tls::memory::Memory;
+use crate::tls::server::{self, Listener, Terms};
+use crate::tls::verify::{Expected, PeerVerifier};
+use crate::tls::{ALPN_H2, ticket};
 
 /// The largest record's payload (RFC 8446, section 5.1).
 pub const RECORD_BYTES: usize = 16 * 1024;
@@ -47,10 +49,11 @@ pub fn calibrate(budget: Duration, progress: &mut dyn FnMut(&str)) -> Result<Cal
     progress("memory of a connection");
     let memory = memory::measure(&ends)?;
     progress("full handshakes");
-    let full = ends.measure(share, HandshakeKind::Full)?;
+    let full = ends.pair(false)?.measure(share, HandshakeKind::Full)?;
     progress("resumed handshakes");
-    let resuming = ends.resuming()?;
-    let ticket_bytes = resuming.connect()?.2.wire_bytes - full.wire_bytes;
+    let resuming = ends.pair(true)?;
+    // The agent gives two.
+    let ticket_bytes = (resuming.connect()?.2.wire_bytes - full.wire_bytes) / 2.0;
     let resumed = resuming.measure(share, HandshakeKind::Resumed)?;
     progress("records");
     let (seal, open) = ends.records(share)?;
@@ -84,6 +87,7 @@ pub(super) struct Ends {
     ca: Ca,
     client_id: SpiffeId,
     client_svid: X509Svid,
+    server_svid: X509Svid,
     key_bytes: usize,
     pub(super) client: Arc<ClientConfig>,
     pub(super) server: Arc<ServerConfig>,
@@ -109,30 +113,32 @@ impl Ends {
         let client = client::config(&client_svid, ca.bundle(), server_id).map_err(failed)?;
         let server = server::config(&server_svid, ca.bundle()).map_err(failed)?;
         let key_bytes = rcgen::KeyPair::generate().map_err(failed)?.serialize_der().len();
-        Ok(Self { ca, client_id, client_svid, key_bytes, client, server })
+        Ok(Self { ca, client_id, client_svid, server_svid, key_bytes, client, server })
     }
 
-    /// The same, with stateless tickets, one for each connection, used once.
-    fn resuming(&self) -> Result<Pair, CapacityError> {
-        let mut client = ClientConfig::clone(&self.client);
-        client.resumption = Resumption::in_memory_sessions(1);
-        let mut server = ServerConfig::clone(&self.server);
-        server.ticketer = Ticketer::new().map_err(failed)?;
-        server.send_tls13_tickets = 1;
-        Ok(Pair { client: Arc::new(client), server: Arc::new(server) })
-    }
-
-    fn pair(&self) -> Pair {
-        Pair { client: Arc::clone(&self.client), server: Arc::clone(&self.server) }
-    }
-
-    fn measure(&self, budget: Duration, kind: HandshakeKind) -> Result<Handshake, CapacityError> {
-        self.pair().measure(budget, kind)
+    /// Both sides as two agents have them.
+    fn pair(&self, resume: bool) -> Result<Pair, CapacityError> {
+        let observe = Observe::new(Arc::new(Metrics::new().map_err(failed)?));
+        let memory = Memory::new(resume.then(ticket::fleeting), observe);
+        let roots = memory.roots(self.ca.bundle(), 1).map_err(failed)?;
+        let terms = Terms {
+            svid: &self.server_svid,
+            roots: &roots,
+            peers: Expected::Member,
+            judge: None,
+            alpn: &[ALPN_H2],
+            place: &[b"capacity"],
+            mode: "strict",
+        };
+        let listener = memory.listener(&terms).map_err(failed)?;
+        let peer = Expected::Exactly(self.server_svid.id().clone());
+        let dial = memory.dial(&self.client_svid, &roots, peer, &[ALPN_H2], None).map_err(failed)?;
+        Ok(Pair { dial, listener })
     }
 
     /// Seconds to seal and to open a full record.
     fn records(&self, budget: Duration) -> Result<(f64, f64), CapacityError> {
-        let (mut client, mut server, _) = self.pair().connect()?;
+        let (mut client, mut server, _) = self.pair(false)?.connect()?;
         let payload = vec![7; RECORD_BYTES];
         let mut got = vec![0; RECORD_BYTES];
         let mut wire = Vec::with_capacity(2 * RECORD_BYTES);
@@ -151,26 +157,19 @@ impl Ends {
 
     /// Seconds to prove an identity, and to verify the proof.
     fn proofs(&self, budget: Duration) -> Result<(f64, f64), CapacityError> {
-        let certified = self.client_svid.certified_key();
-        let verifier = PeerVerifier::new(self.ca.bundle(), Some(self.client_id.clone())).map_err(failed)?;
-        // As long as what TLS 1.3 signs (RFC 8446, section 4.4.3), and an exported authenticator too.
-        let message = [0x20; 130];
-        let leaf = certified.cert.first().ok_or_else(|| failed("the SVID has no certificate"))?;
+        let node = |name| SpiffeId::node(self.ca.domain(), name).map_err(failed);
+        let binding = Binding { exporter: [7; 32], client: node("one")?, server: node("two")? };
         medians(budget, BATCH, || {
-            let signer = certified.key.choose_scheme(&[SignatureScheme::ECDSA_NISTP256_SHA256]);
-            let signer = signer.ok_or_else(|| failed("the SVID's key is not P-256"))?;
-            let (signature, prove) = timed(|| signer.sign(&message));
-            let signature = signature.map_err(failed)?;
-            let (verified, verify) = timed(|| -> Result<(), CapacityError> {
-                verifier.verify_client_cert(leaf, &[], UnixTime::now()).map_err(failed)?;
-                let leaf = webpki::EndEntityCert::try_from(leaf).map_err(failed)?;
-                let algorithm = webpki::aws_lc_rs::ECDSA_P256_SHA256;
-                leaf.verify_signature(algorithm, &message, &signature).map_err(failed)
-            });
-            verified?;
-            Ok([prove?, verify?])
+            // One that has verified nothing yet.
+            let verifier = PeerVerifier::new(self.ca.bundle(), None).map_err(failed)?;
+            let (header, proving) = timed(|| prove(&self.client_svid, &binding, Side::Client));
+            let header = header.map_err(failed)?;
+            let (proven, verifying) =
+                timed(|| verify(header.as_bytes(), &binding, Side::Client, &verifier, UnixTime::now()));
+            proven.map_err(failed)?;
+            Ok([proving?, verifying?])
         })
-        .map(|[prove, verify]| (prove, verify))
+        .map(|[proving, verifying]| (proving, verifying))
     }
 
     /// Seconds to ask for an SVID, and to issue it.
@@ -189,10 +188,10 @@ impl Ends {
     }
 }
 
-/// Both sides' configurations for handshakes in memory.
+/// Both sides of handshakes in memory.
 struct Pair {
-    client: Arc<ClientConfig>,
-    server: Arc<ServerConfig>,
+    dial: Arc<Dial>,
+    listener: Arc<Listener>,
 }
 
 impl Pair {
@@ -213,11 +212,13 @@ impl Pair {
     /// One handshake, and what it cost.
     fn connect(&self) -> Result<(ClientConnection, ServerConnection, Handshake), CapacityError> {
         let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
-        let (client, mut client_cpu_seconds) =
-            timed_ok(|| ClientConnection::new(Arc::clone(&self.client), name).map_err(io::Error::other))?;
-        let (server, mut server_cpu_seconds) =
-            timed_ok(|| ServerConnection::new(Arc::clone(&self.server)).map_err(io::Error::other))?;
-        let (mut client, mut server) = (client, server);
+        let (mut client, mut client_cpu_seconds) = timed_ok(|| {
+            ClientConnection::new(Arc::clone(self.dial.config()), name).map_err(io::Error::other)
+        })?;
+        let ((mut server, judged), mut server_cpu_seconds) = timed_ok(|| {
+            let (config, judged) = self.listener.accept();
+            Ok((ServerConnection::new(config).map_err(io::Error::other)?, judged))
+        })?;
         let (mut wire, mut wire_bytes) = (Vec::with_capacity(RECORD_BYTES), 0);
         while client.wants_write() || server.wants_write() {
             wire.clear();
@@ -232,6 +233,10 @@ impl Pair {
         if client.is_handshaking() || server.is_handshaking() {
             return Err(failed("a handshake in memory did not come to its end"));
         }
+        let settle = || judged.settle(server.handshake_kind(), server.peer_certificates());
+        server_cpu_seconds += timed_ok(|| settle().map_err(io::Error::other))?.1;
+        let settle = || self.dial.settle(client.handshake_kind(), client.peer_certificates());
+        client_cpu_seconds += timed_ok(|| settle().map_err(io::Error::other))?.1;
         let cost = Handshake { client_cpu_seconds, server_cpu_seconds, wire_bytes: wire_bytes as f64 };
         Ok((client, server, cost))
     }

@@ -79,7 +79,7 @@ pub struct Calibration {
     pub certificate_bytes: f64,
     /// Its private key, PKCS#8 DER.
     pub key_bytes: f64,
-    /// What a full handshake with a ticket has more on the wire than one without.
+    /// A session ticket on the wire; a full handshake that may be resumed has two.
     pub ticket_bytes: f64,
     /// An agent's memory for its end of an idle pooled connection.
     pub tunnel_bytes: f64,

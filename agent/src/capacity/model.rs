@@ -21,7 +21,7 @@ pub const PREFACE_WIRE_BYTES: f64 = 250.0;
 /// A proof beside its certificate chain: signature and framing.
 const PROOF_OVERHEAD_BYTES: f64 = 100.0;
 /// What the letters in the formulas mean. Those after `r` come from the calibration.
-pub const SYMBOLS: [(&str, &str); 24] = [
+pub const SYMBOLS: [(&str, &str); 28] = [
     ("S, P, N, Z", "services, pods, nodes, zones"),
     ("F", "services that each service talks to"),
     ("W", "data-path threads of an agent, each with its own pool"),
@@ -33,7 +33,15 @@ pub const SYMBOLS: [(&str, &str); 24] = [
     ("r", "rotations of one SVID per second: 1 / (0.5 * L)"),
     ("x", "connections per second of one key: C / K"),
     ("h(x)", "dials per second of one key: x * (r + x * e^-((x+r)*T)) / (x + r)"),
-    ("A", "identities held by agents, over all nodes: min(P, S * N)"),
+    ("c", "ends of an unused connection between nodes per second: (x + r) / (e^((x+r)*T) - 1)"),
+    ("s", "share of the time that a key has one: W * x / (W * x + c)"),
+    (
+        "p(u)",
+        "proofs of an identity with y streams per second on a key: y * (u + y * i) / (y + u), \
+         i = (x+u) * e / (y + u + (x-y) * e), e = e^-((x+u)*T)",
+    ),
+    ("t", "sessions that end per second of a key: max(r, 1 / 3600)"),
+    ("A, H", "identities held by agents, over all nodes: min(P, S * N); nodes that hold any: min(N, A)"),
     ("E", "pods of a service that its clients are spread over: max(1, P / (S * Z))"),
     ("D(m)", "nodes that m pods are on: M * (1 - (1 - 1/M)^m), M = N / Z, and no more than m"),
     ("I", "SVIDs issued per second: (A + N) * r"),
@@ -157,7 +165,7 @@ impl Cost {
             + flow.proven * machine.certificate_bytes;
         let streams = if way.pooled() { load.connections * load.open_seconds } else { 0.0 };
         let ends = flow.connections.0 * machine.tunnel_bytes + streams * machine.stream_bytes;
-        let ticket = if way.resumes() { machine.ticket_bytes } else { 0.0 };
+        let ticket = if way.resumes() { 2.0 * machine.ticket_bytes } else { 0.0 };
         let overhead = full * (machine.full.wire_bytes + PREFACE_WIRE_BYTES + ticket)
             + resumed * (machine.resumed.wire_bytes + PREFACE_WIRE_BYTES)
             + proofs * (machine.certificate_bytes + PROOF_OVERHEAD_BYTES)
@@ -191,17 +199,18 @@ fn memory_formula(way: Way) -> &'static str {
 fn storage_formula(way: Way) -> &'static str {
     match way {
         Way::Unpooled | Way::WorkloadScope => "(A + N) * (cert + key)",
-        Way::Resumed => "(A + N) * (cert + key) + K * x / (x + r) * (ticket + cert)",
-        Way::NodeScope => "(A + N) * (cert + key) + 2 * G * y / (y + u) * cert",
+        Way::Resumed => "(A + N) * (cert + key) + 2 * K * x / (x + t) * (ticket + cert)",
+        Way::NodeScope => "(A + N) * (cert + key) + (2 * G - proofs / y) * cert",
         Way::NodeScopeResumed => {
-            "(A + N) * (cert + key) + 2 * G * y / (y + u) * cert + K * x / (x + r) * (ticket + cert)"
+            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert \
+             + K / W * min(4, 2 * W) * W * x / (W * x + t) * (ticket + cert)"
         }
     }
 }
 
 fn overhead_formula(way: Way) -> &'static str {
     match way.resumes() {
-        true => "full * (wf + ticket) + (handshakes - full) * wr + proofs * wq + C * ws",
+        true => "full * (wf + 2 * ticket) + (handshakes - full) * wr + proofs * wq + C * ws",
         false => "handshakes * wf + proofs * wq + C * ws",
     }
 }

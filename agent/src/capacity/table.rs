@@ -121,7 +121,8 @@ pub fn footnotes(report: &Report) -> String {
     text.push_str(&format!(
         "Assumed: each service opens {} connections/s, {}/s of payload, to {} services; a connection lasts {} s;\n\
          {} threads an agent; idle timeout {} s; SVIDs valid {} s; zones that traffic stays within: {}. Each has a flag.\n\
-         Counted are TLS and its HTTP/2 framing; what relaying costs besides is the same in every way.\n\n",
+         Counted are TLS and its HTTP/2 framing; what relaying costs besides is the same in every way. Traffic\n\
+         within a node is counted as if it left the node. {}\n\n",
         amount(s.connections_per_second_per_service),
         bytes(s.bytes_per_second_per_service),
         s.fan_out,
@@ -130,6 +131,7 @@ pub fn footnotes(report: &Report) -> String {
         amount(s.idle_timeout_seconds),
         amount(s.certificate_lifetime_seconds),
         s.zones,
+        super::ERROR,
     ));
     type Column = (&'static str, fn(&Prediction) -> Figure);
     let columns: [Column; 12] = [

@@ -14,6 +14,7 @@ use crate::capacity::table::{HEADS, blocks, footnotes, machine};
 use crate::capacity::{self, SIZES};
 
 #[derive(Debug, Args)]
+#[command(after_help = capacity::ERROR)]
 pub(super) struct Capacity {
     /// Services; may be given several times [default: 10, 100, 1000 and 10000].
     #[arg(long, value_name = "N")]

@@ -53,7 +53,11 @@ pub(super) fn all(results: &Results, handshakes: &Handshakes, memory: &Memory) -
     let flat = memory.churn.first().zip(memory.churn.last()).map(|(warm, end)| end.1 - warm.1);
     let failed = results.spread(Figure::Failed, HAUBERK).map(|spread| spread.max);
     let stalled = memory.stalled.as_ref();
-    let churned = memory.churn.last().map_or(0, |(count, _)| *count);
+    let churned = match (memory.churn.first(), memory.churn.last()) {
+        (Some((warm, _)), Some((end, _))) => format!("from connection {warm} to {end}, opened and closed"),
+        _ => "over connections opened and closed".into(),
+    };
+    let readers = stalled.map_or_else(String::new, |stalled| format!("{} ", stalled.readers));
     let least =
         |what: &str, figure, limit| Bar { what: what.into(), figure, limit, at_least: true, unit: "" };
     let most =
@@ -78,14 +82,9 @@ pub(super) fn all(results: &Results, handshakes: &Handshakes, memory: &Memory) -
         most("memory per open idle stream and side", of(Figure::OpenKib), 5.0, "KiB"),
         most("the same, after it moved data", of(Figure::MovedKib), 5.0, "KiB"),
         most("memory per enrolled pod", of(Figure::PodKb), 40.0, "kB"),
+        most(&format!("growth of both agents {churned}"), flat, memory.may_grow_mb(), "MB"),
         most(
-            &format!("growth of both agents over {churned} connections opened and closed"),
-            flat,
-            memory.may_grow_mb(),
-            "MB",
-        ),
-        most(
-            &format!("growth of both agents for {} stalled readers", stalled.map_or(0, |s| s.readers)),
+            &format!("growth of both agents for {readers}stalled readers"),
             stalled.map(|s| s.grown_mb),
             stalled.map_or(0.0, |s| s.bound_mb),
             "MB",

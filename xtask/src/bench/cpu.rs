@@ -66,6 +66,13 @@ pub(super) fn available() -> Result<f64> {
     Ok(kib.context("/proc/meminfo has no MemAvailable")? * 1024.0 / 1e6)
 }
 
+/// The most that the kernel lets all TCP sockets hold, in MB (tcp(7), `tcp_mem`).
+pub(super) fn most_of_sockets() -> Result<f64> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/tcp_mem")?;
+    let pages = text.split_whitespace().nth(2).and_then(|pages| pages.parse::<f64>().ok());
+    Ok(pages.context("tcp_mem has no third number")? * 4096.0 / 1e6)
+}
+
 struct Stat {
     pid: i32,
     parent: i32,

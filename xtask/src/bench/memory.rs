@@ -29,7 +29,8 @@ pub(super) struct Amounts {
 impl Amounts {
     pub(super) const QUICK: Self = Self { open: 300, pods: 4, churn: 3_000, stalled: 5 };
     pub(super) const USUAL: Self = Self { open: 4_000, pods: 100, churn: 50_000, stalled: 100 };
-    pub(super) const FULL: Self = Self { churn: 1_000_000, stalled: 1_000, ..Self::USUAL };
+    pub(super) const REPORT: Self = Self { churn: 200_000, stalled: 1_000, ..Self::USUAL };
+    pub(super) const FULL: Self = Self { churn: 1_000_000, ..Self::REPORT };
 }
 
 /// What has no row of its own in the table.
@@ -55,8 +56,12 @@ pub(super) struct Stalled {
 const STALLED_BOUND_MB: f64 = (8.0 + 1.0 + 0.25) * 1.048_576;
 /// Left to everybody else while readers stall.
 const SPARE_MB: f64 = 2_000.0;
-/// Pieces that the churn is measured in; the first one is a warm-up.
+/// Pieces that the churn is measured in; the first one is a warm-up. None is larger than takes a minute
+/// or so on a slow machine.
 const PIECES: u64 = 10;
+const LARGEST_PIECE: u64 = 50_000;
+/// When there is no memory for as many readers as were asked for, this share of them is tried.
+const FEWER: u64 = 10;
 /// Memory that has grown by less is flat: a tenth, and what allocators round to.
 const FLAT: (f64, f64) = (0.1, 2.0);
 /// What each open connection then moves there and back.
@@ -93,24 +98,37 @@ impl Memory {
         Ok(memory)
     }
 
-    fn stall(&mut self, world: &World, readers: u64) -> Result<()> {
-        let bound_mb = readers as f64 * STALLED_BOUND_MB;
-        let available = cpu::available()?;
-        if available < bound_mb + SPARE_MB {
+    /// As many readers as were asked for, or fewer if there is not the memory; says so.
+    fn stall(&mut self, world: &World, asked: u64) -> Result<()> {
+        for readers in [asked, asked / FEWER] {
+            let (needed, available) = (needed_mb(readers)?, cpu::available()?);
+            if available >= needed {
+                self.stalled = Some(stalled(world, readers)?);
+                return Ok(());
+            }
             self.left_out.push(format!(
-                "{readers} stalled readers: they may take {bound_mb:.0} MB, and {available:.0} MB are available"
+                "{readers} stalled readers: they may take {needed:.0} MB, and {available:.0} MB are available"
             ));
-            return Ok(());
         }
-        let (client, server) = (world.get("client"), world.get("server"));
-        let _stall = server.host.actor_server(&["stall", "0.0.0.0:9001"])?;
-        let before = both(world)?;
-        let mut push =
-            client.host.actor_server(&["push", &server.v4(9001), "--count", &readers.to_string()])?;
-        push.said()?;
-        self.stalled = Some(Stalled { readers, grown_mb: both(world)? - before, bound_mb });
         Ok(())
     }
+}
+
+/// What so many stalled readers may take of the machine's memory: of the agents, and of the kernel, which
+/// has full sockets at both ends of either agent.
+fn needed_mb(readers: u64) -> Result<f64> {
+    Ok(readers as f64 * STALLED_BOUND_MB + cpu::most_of_sockets()? + SPARE_MB)
+}
+
+fn stalled(world: &World, readers: u64) -> Result<Stalled> {
+    let (client, server) = (world.get("client"), world.get("server"));
+    let _stall = server.host.actor_server(&["stall", "0.0.0.0:9001"])?;
+    let before = both(world)?;
+    let mut push = client.host.actor_server(&["push", &server.v4(9001), "--count", &readers.to_string()])?;
+    push.said()?;
+    let grown_mb = both(world)? - before;
+    say(&format!("    {grown_mb:.0} MB for {readers}"));
+    Ok(Stalled { readers, grown_mb, bound_mb: readers as f64 * STALLED_BOUND_MB })
 }
 
 /// Both ends' memory in MB.
@@ -180,13 +198,17 @@ fn pair(field: &mut Field, at: usize, amounts: Amounts, results: &mut Results) -
 /// Opens and closes connections, 64 at a time; both agents' memory after each piece.
 fn churn(world: &World, count: u64) -> Result<Vec<(u64, f64)>> {
     let (client, to) = (&world.get("client").host, world.get("server").v4(ECHO));
-    let piece = count / PIECES;
+    let pieces = PIECES.max(count / LARGEST_PIECE);
+    let piece = count / pieces;
     let mut seen = Vec::new();
-    for number in 1..=PIECES {
+    for number in 1..=pieces {
         let said = client.actor(&["many", &to, &piece.to_string(), "64"])?;
         ensure!(said["ok"] == piece, "of {piece} connections not all went well: {said}");
         settle();
-        seen.push((number * piece, both(world)?));
+        let (done, mb) = (number * piece, both(world)?);
+        let rate = said["seconds"].as_f64().map_or(0.0, |seconds| piece as f64 / seconds);
+        say(&format!("    {done} of {count}, {rate:.0} a second, {mb:.1} MB"));
+        seen.push((done, mb));
     }
     Ok(seen)
 }

@@ -7,6 +7,7 @@ use super::rounds;
 /// Measures that are not of a single way under load.
 pub(super) const FIRST: &str = "first";
 pub(super) const HANDSHAKES: &str = "handshakes";
+pub(super) const RESTART: &str = "restart";
 pub(super) const MEMORY: &str = "memory";
 
 /// A choice of ways and measures.
@@ -25,7 +26,7 @@ impl Only {
         let known: Vec<_> = ways.collect();
         let (mut only, mut loads) = (Self { ways: Vec::new(), measures: Vec::new() }, Vec::new());
         loads.extend(rounds::ALL.iter().map(|measure| measure.name()));
-        loads.extend([FIRST, HANDSHAKES, MEMORY]);
+        loads.extend([FIRST, HANDSHAKES, RESTART, MEMORY]);
         for name in names {
             match &**name {
                 way if known.contains(&way) => only.ways.push(name.clone()),

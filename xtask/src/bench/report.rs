@@ -14,6 +14,7 @@ use super::figures::{Figure, Results, median};
 use super::handshakes::{Handshakes, Rates};
 use super::machine::Machine;
 use super::memory::Memory;
+use super::restart::Restart;
 use super::table::{Table, shown};
 use super::{cpu, plots};
 
@@ -24,6 +25,7 @@ pub(super) struct Report {
     pub(super) ways: Vec<String>,
     pub(super) results: Results,
     pub(super) handshakes: Handshakes,
+    pub(super) restart: Restart,
     pub(super) memory: Memory,
     pub(super) rounds: Vec<RoundNoise>,
     /// What makes figures less comparable than one might think.
@@ -72,7 +74,11 @@ impl Report {
     /// For a terminal.
     pub(super) fn text(&self) -> String {
         let mut text = format!("\n{}\n", self.comparison().text());
-        text += &format!("{}\n{}\n", self.same_node().text(), self.bars_table().text());
+        text += &format!("{}\n", self.same_node().text());
+        if let Some(table) = self.restart.table() {
+            text += &format!("{}\n{}\n", self.restart.title(), table.text());
+        }
+        text += &format!("{}\n", self.bars_table().text());
         let lines =
             [self.sentences(), self.behind_lines(), self.noise_lines(), self.warnings.clone()].concat();
         text + &lines.iter().map(|line| format!("{line}\n")).collect::<String>()
@@ -84,10 +90,13 @@ impl Report {
         let behind = self.behind_lines();
         let ahead = "Node scope is ahead of both pairs in every row.\n".to_owned();
         format!(
-            "{}\n\n{}\nIn brackets: the share of the direct path. Within one node:\n\n{}\nThe bars for node scope:\n\n{}\n{}\n{}\n{}",
+            "{}\n\n{}\nIn brackets: the share of the direct path. Within one node:\n\n{}\n{}The bars for node scope:\n\n{}\n{}\n{}\n{}",
             self.preamble(),
             self.comparison().markdown(),
             self.same_node().markdown(),
+            self.restart.table().map_or_else(String::new, |table| {
+                format!("{}\n\n{}\n", self.restart.title(), table.markdown())
+            }),
             self.bars_table().markdown(),
             list(self.sentences()),
             if behind.is_empty() {
@@ -231,6 +240,7 @@ impl Report {
             "handshakesPerSecondPerCore": {
                 "full": rates(&self.handshakes.full), "resumed": rates(&self.handshakes.resumed),
             },
+            "rollingRestart": self.restart.json(),
             "memory": {
                 "churn": churn,
                 "stalled": stalled.map(|s| json!({
@@ -288,6 +298,7 @@ mod tests {
             ways: [DIRECT, HAUBERK, "nginx", DIRECT_SAME_NODE].map(str::to_owned).to_vec(),
             results,
             handshakes: Handshakes::default(),
+            restart: Restart::default(),
             memory: Memory::default(),
             rounds: vec![RoundNoise { others: 0.25, stolen: 0.0 }],
             warnings: vec!["a warning".into()],
