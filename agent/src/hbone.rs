@@ -28,6 +28,9 @@ use traffic::Traffic;
 pub const REASON_HEADER: &str = "hauberk-reason";
 /// The request header that says, in node scope, which workload opens the stream.
 pub const SOURCE_HEADER: &str = "hauberk-source";
+/// The request header that says, in node scope, whom the stream is for: an address alone may be another's by
+/// the time that it arrives.
+pub const DESTINATION_HEADER: &str = "hauberk-destination";
 /// The header of request and response that proves a workload's identity in node scope.
 pub const PROOF_HEADER: &str = "hauberk-proof";
 /// The request header by which the response is asked to prove the destination.

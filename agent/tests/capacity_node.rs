@@ -17,7 +17,7 @@ use hauberk::capacity::calibrate::{calibrate, thread_cpu};
 use hauberk::capacity::flow::Way;
 use hauberk::capacity::model::Prediction;
 use hauberk::capacity::scenario::Ratios;
-use hauberk::pool::{Key, Pool, Route};
+use hauberk::pool::{Key, Pool, Route, Word};
 use measured::{carried, prediction, tap, within, within_twice};
 use tokio::sync::broadcast;
 
@@ -39,7 +39,7 @@ struct Use {
 /// A thread of an agent's data path, as `shard` is one.
 struct Thread {
     pool: Pool,
-    told: broadcast::Receiver<Key>,
+    told: broadcast::Receiver<Word>,
 }
 
 /// A node: who dials there, and who accepts.
@@ -164,7 +164,7 @@ impl Cluster {
             } else {
                 (0..SERVICES).for_each(|n| member.agent.trust.insert(svid(&self.ca, &workload("s", n))));
             }
-            member.threads.iter().for_each(|thread| thread.pool.refresh());
+            member.threads.iter().for_each(|thread| thread.pool.refresh(Duration::ZERO));
         }
     }
 
@@ -189,9 +189,11 @@ impl Cluster {
     fn hear(&mut self) -> bool {
         let mut told = false;
         for thread in self.members.iter_mut().flat_map(|member| &mut member.threads) {
-            while let Ok(key) = thread.told.try_recv() {
-                thread.pool.warm(&key);
-                told = true;
+            while let Ok(word) = thread.told.try_recv() {
+                if let Word::Needed(key) = word {
+                    thread.pool.warm(&key);
+                    told = true;
+                }
             }
         }
         told

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::client::SendRequest;
 use h2::server::SendResponse;
-use hauberk::hbone::{PROOF_HEADER, REASON_HEADER, SOURCE_HEADER};
+use hauberk::hbone::{DESTINATION_HEADER, PROOF_HEADER, REASON_HEADER, SOURCE_HEADER};
 use hauberk::identity::SpiffeId;
 use hauberk::identity::svid::X509Svid;
 use hauberk::proof::{Binding, Side, prove};
@@ -23,7 +23,7 @@ use http::{HeaderValue, Method, Request, Response};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
 use siege::{HOUR, Siege, domain, id};
-use tests::Agent;
+use tests::{Agent, Mode, Options, World};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -90,14 +90,27 @@ impl Intruder {
         prove(svid, &self.binding, Side::Client).unwrap()
     }
 
-    /// Asks for a stream, and says how it is answered: by the reason's word, or by the status.
+    /// Asks for a stream to `server`, and says how it is answered: by the reason's word, or by the status.
     async fn ask(
         &self,
         to: &str,
         source: Option<&SpiffeId>,
         proof: Option<&str>,
     ) -> Result<String, h2::Error> {
+        self.ask_for(Some(&id("server")), to, source, proof).await
+    }
+
+    async fn ask_for(
+        &self,
+        destination: Option<&SpiffeId>,
+        to: &str,
+        source: Option<&SpiffeId>,
+        proof: Option<&str>,
+    ) -> Result<String, h2::Error> {
         let mut request = Request::builder().method(Method::CONNECT).uri(to);
+        if let Some(destination) = destination {
+            request = request.header(DESTINATION_HEADER, destination.as_str());
+        }
         if let Some(source) = source {
             request = request.header(SOURCE_HEADER, source.as_str());
         }
@@ -180,6 +193,28 @@ fn a_proven_workload_reaches_nothing_but_the_applications_of_this_nodes_pods() {
     for (reason, times) in [("not_local", 3), ("agent_port", 2), ("bad_request", 1)] {
         siege.refused_for(reason, times);
     }
+    siege.still_serves();
+}
+
+#[test]
+fn a_stream_reaches_only_the_workload_that_it_is_for() {
+    let siege = lay();
+    let server = siege.world.get("server");
+    let _echo = server.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap();
+    let (to, mole, key) = (server.v4(8081), id("mole"), siege.svid(&id("mole")));
+    siege.attack(async {
+        let evil = siege.intrude("evil").await;
+        let proof = evil.proves(&key);
+        for (destination, expected) in
+            [(Some(id("server")), "200"), (Some(id("former")), "wrong_identity"), (None, "bad_request")]
+        {
+            let answer = evil.ask_for(destination.as_ref(), &to, Some(&mole), Some(&proof)).await.unwrap();
+            assert_eq!(answer, expected, "for {destination:?}");
+        }
+    });
+    siege.refused_for("wrong_identity", 1);
+    siege.refused_for("bad_request", 1);
+    told(siege.world.agent_ref("n2"), "at its address is spiffe://");
     siege.still_serves();
 }
 

@@ -13,8 +13,8 @@ use h2::client::{Builder, Connection, SendRequest};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri};
 
 use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, Lease, MAX_HEADER_BYTES, PROOF_HEADER, Recv, SEND_BUFFER_BYTES,
-    SOURCE_HEADER, Stream, WANT_HEADER, forwarded, traffic::Traffic,
+    CONNECTION_WINDOW, DESTINATION_HEADER, FRAME_BYTES, Lease, MAX_HEADER_BYTES, PROOF_HEADER, Recv,
+    SEND_BUFFER_BYTES, SOURCE_HEADER, Stream, WANT_HEADER, forwarded, traffic::Traffic,
 };
 use crate::identity::SpiffeId;
 use crate::tls::stream::{Flush, TlsStream};
@@ -36,6 +36,8 @@ pub struct Ask {
 pub struct Identified<'a> {
     /// The workload that opens it.
     pub source: &'a SpiffeId,
+    /// The workload that it is for.
+    pub destination: &'a SpiffeId,
     /// Its proof, if the peer does not have it yet, and where to note that it has.
     pub proof: Option<&'a str>,
     /// Set when the peer grants the stream, unset when it says that it has no proof.
@@ -190,6 +192,7 @@ fn identify(who: Identified<'_>, headers: &mut HeaderMap) -> Result<(), h2::Erro
     let value =
         |text: &str| HeaderValue::from_str(text).map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR));
     headers.insert(SOURCE_HEADER, value(who.source.as_str())?);
+    headers.insert(DESTINATION_HEADER, value(who.destination.as_str())?);
     if let Some(proof) = who.proof {
         let mut proof = value(proof)?;
         // Sent once or twice: not worth a place in the compression's table.

@@ -10,8 +10,8 @@ use h2::{RecvStream, SendStream};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use super::{
-    CONNECTION_WINDOW, FRAME_BYTES, MAX_HEADER_BYTES, PROOF_HEADER, REASON_HEADER, SEND_BUFFER_BYTES,
-    SOURCE_HEADER, WANT_HEADER, forwarded, status,
+    CONNECTION_WINDOW, DESTINATION_HEADER, FRAME_BYTES, MAX_HEADER_BYTES, PROOF_HEADER, REASON_HEADER,
+    SEND_BUFFER_BYTES, SOURCE_HEADER, WANT_HEADER, forwarded, status,
 };
 use crate::tls::stream::{Flush, TlsStream};
 use crate::verdict::Reason;
@@ -138,6 +138,8 @@ pub fn prove(respond: &mut SendResponse<Bytes>, proof: &str) -> Result<(), h2::E
 pub struct Identified<'a> {
     /// Whose stream it is.
     pub source: &'a str,
+    /// Whom it is for.
+    pub destination: &'a str,
     /// The proof of that, if it comes along.
     pub proof: Option<&'a [u8]>,
     /// Whether the destination is to be proven.
@@ -147,12 +149,13 @@ pub struct Identified<'a> {
 /// Reads the headers of node scope.
 ///
 /// # Errors
-/// [`Reason::Unproven`] when there is no source.
+/// [`Reason::Unproven`] when there is no source, [`Reason::BadRequest`] when there is no destination.
 pub fn identified<B>(request: &Request<B>) -> Result<Identified<'_>, Reason> {
     let headers = request.headers();
-    let source = headers.get(SOURCE_HEADER).and_then(|source| source.to_str().ok());
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     Ok(Identified {
-        source: source.ok_or(Reason::Unproven)?,
+        source: text(SOURCE_HEADER).ok_or(Reason::Unproven)?,
+        destination: text(DESTINATION_HEADER).ok_or(Reason::BadRequest)?,
         proof: headers.get(PROOF_HEADER).map(HeaderValue::as_bytes),
         want: headers.contains_key(WANT_HEADER),
     })

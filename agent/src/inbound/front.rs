@@ -219,7 +219,8 @@ fn finish(
     Ok(Admitted { pod, source, asked, lease })
 }
 
-/// Node scope: the source has proven itself on this connection and runs on the peer's node.
+/// Node scope: the source has proven itself on this connection and runs on the peer's node, and the stream is
+/// for whoever is at its address.
 fn introduce(
     shard: &Shard,
     proofs: &Proofs,
@@ -248,6 +249,12 @@ fn introduce(
         return Err(Refusal { reason: Reason::NotPlaced, detail });
     }
     let id = &pod.workload.id;
+    // The peer's directory may be behind: what this destination has proven says nothing of another one
+    // that has its address now.
+    if said.destination != id.as_str() {
+        let detail = format!("the stream is for {}, and at its address is {id}", said.destination);
+        return Err(Refusal { reason: Reason::WrongIdentity, detail });
+    }
     let own = trust.svids.get(id).filter(|svid| trust.revoked(svid.leaf()).is_none());
     let own = own.ok_or_else(|| Refusal {
         reason: Reason::NoSvid,

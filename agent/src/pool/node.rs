@@ -47,6 +47,7 @@ pub(super) async fn stream(
     let known = proofs.knows(&parties.destination, &moment.trust, &moment.roots, dialer.now());
     let who = Identified {
         source: &parties.source,
+        destination: &parties.destination,
         proof: (!shown.acknowledged.load(Ordering::Acquire)).then_some(&*shown.header),
         acknowledged: &shown.acknowledged,
         want: known.is_err(),
