@@ -12,14 +12,14 @@ mod up;
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::pin;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::net::tcp::ReadHalf;
 
 use crate::hbone::lease::Cut;
 use crate::hbone::{self, Stream};
@@ -42,44 +42,59 @@ pub struct Relayed {
 /// cut.
 ///
 /// On a failure the application's socket is reset and the stream is reset too.
-pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
-    let mut up = Up::new(stream.send);
-    let mut down = Down::new(stream.recv);
-    let _place = stream.place;
-    let mut cut = stream.lease.map(Cut::of);
-    let mut stop = pin!(stop);
-    let (mut read, write) = app.split();
-    let reason = poll_fn(|cx| {
-        if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
-            return Poll::Ready(reason);
+///
+/// What this returns is most of what an idle connection costs, and whatever an `async fn` takes it keeps
+/// twice. Hence the form; and hence `stop` is only borrowed or boxed ([`Unpin`]).
+pub fn relay(
+    app: &mut TcpStream,
+    stream: Stream,
+    mut stop: impl Future<Output = Reason> + Unpin,
+) -> impl Future<Output = Relayed> {
+    let mut ways = Ways {
+        up: Up::new(stream.send),
+        down: Down::new(stream.recv),
+        cut: stream.lease.map(Cut::of),
+        _place: stream.place,
+    };
+    async move {
+        let reason = poll_fn(|cx| match Pin::new(&mut stop).poll(cx) {
+            Poll::Ready(reason) => Poll::Ready(reason),
+            Poll::Pending => ways.poll(app, cx),
+        })
+        .await;
+        if reason != Reason::Done {
+            ways.up.reset(hbone::code(reason));
+            reset(app);
         }
-        if cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
-            return Poll::Ready(Reason::Revoked);
-        }
-        poll_both(&mut up, &mut down, (&mut read, write.as_ref()), cx)
-    })
-    .await;
-    if reason != Reason::Done {
-        up.reset(hbone::code(reason));
-        reset(app);
+        Relayed { from_app: ways.up.bytes(), to_app: ways.down.bytes(), reason }
     }
-    Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }
 }
 
-fn poll_both(
-    up: &mut Up,
-    down: &mut Down,
-    (read, write): (&mut ReadHalf<'_>, &TcpStream),
-    cx: &mut Context<'_>,
-) -> Poll<Reason> {
-    let up = up.poll(read, cx);
-    // An application that has ended too is told by the close that follows at once.
-    let down = down.poll(write, up.is_ready(), cx);
-    match (up, down) {
-        // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
-        (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
-        (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Reason::Done),
-        _ => Poll::Pending,
+/// Both directions of a relay.
+struct Ways {
+    up: Up,
+    down: Down,
+    cut: Option<Cut>,
+    /// The stream counts as open on its tunnel for as long as this lives.
+    _place: Option<Arc<()>>,
+}
+
+impl Ways {
+    /// Moves what can be moved; ready with the reason once the connection is over.
+    fn poll(&mut self, app: &mut TcpStream, cx: &mut Context<'_>) -> Poll<Reason> {
+        if self.cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
+            return Poll::Ready(Reason::Revoked);
+        }
+        let (mut read, write) = app.split();
+        let up = self.up.poll(&mut read, cx);
+        // An application that has ended too is told by the close that follows at once.
+        let down = self.down.poll(write.as_ref(), up.is_ready(), cx);
+        match (up, down) {
+            // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
+            (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Reason::Done),
+            _ => Poll::Pending,
+        }
     }
 }
 
