@@ -98,6 +98,16 @@ impl Ways {
     }
 }
 
+/// Frees what this thread keeps for the next bytes. Call it now and then.
+pub fn trim() {
+    up::trim();
+}
+
+/// Frees what this thread keeps for the next bytes. Call it now and then.
+pub fn trim() {
+    up::trim();
+}
+
 /// Makes the coming close a reset (RST), so that the application sees a failure and not an end.
 pub fn reset(app: &TcpStream) {
     // It fails only on a socket that is closed already, and that needs no reset.
