@@ -178,11 +178,9 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
                     // Whoever has given the stream up wants no proof any more.
                     let _ = server::prove(&mut respond, &shown.header);
                 }
-                let (shard, front, peer) = (shard.clone(), front.clone(), peer.clone());
-                let tunnel = tunnel.clone();
-                shard.clone().spawn(async move {
-                    stream::serve(&shard, &front, &tunnel, &peer, request, respond).await;
-                });
+                let (front, tunnel, peer) = (front.clone(), tunnel.clone(), peer.clone());
+                let serving = stream::serve(shard.clone(), front, tunnel, peer, request, respond);
+                shard.clone().spawn(serving);
             }
             Some(Err(error)) => return broken(&shard, &front, &peer, &error),
             None => return,

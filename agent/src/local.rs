@@ -12,6 +12,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -193,10 +194,12 @@ impl Passage {
 
 impl Open {
     /// Relays until the end.
-    pub async fn carry(mut self, shard: &Shard, app: &TcpStream) -> Relayed {
+    pub async fn carry(mut self: Box<Self>, shard: &Shard, app: &TcpStream) -> Relayed {
         let mut denial = None;
-        let stop = stop(shard, &self.passage, &self.leaves, self.permit, &mut denial);
-        let relayed = splice(app, &self.delivered.app, stop).await;
+        let relayed = {
+            let stop = pin!(stop(shard, &self.passage, &self.leaves, &mut self.permit, &mut denial));
+            splice(app, &self.delivered.app, stop).await
+        };
         if relayed.to_app > 0 {
             self.delivered.answered();
         }
@@ -222,7 +225,7 @@ async fn stop(
     shard: &Shard,
     passage: &Passage,
     leaves: &[Leaf; 2],
-    permit: Admitted,
+    permit: &mut Admitted,
     denial: &mut Option<Denial>,
 ) -> Reason {
     let leaves = [&leaves[0], &leaves[1]];

@@ -1,6 +1,8 @@
 //! The sending agent's way: accepted from the application, resolved, balanced, and on through the pool.
 
+use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,45 +32,23 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
         };
         match accepted {
             Ok((app, source)) => {
-                let (shard, pod) = (shard.clone(), Arc::clone(&pod));
-                shard.clone().spawn(async move { connection(shard, pod, app, source, local.port()).await });
+                let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+                let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source);
+                shard.clone().spawn(connection.serve(local.port()));
             }
             Err(error) => shard.accept_failed(local, &error).await,
         }
     }
 }
 
-/// One captured connection, from its original destination to its log line.
-async fn connection(shard: Shard, pod: Arc<Pod>, mut app: TcpStream, source: SocketAddr, listener_port: u16) {
-    let began = Instant::now();
-    shard.observe.opened(Direction::Outbound);
-    let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-    let mut way = Way { destination: None, workload: None, encryption: Encryption::None, policy: None };
-    let outcome = carry(&shard, &pod, &mut app, source, listener_port, &mut way).await;
-    let (relayed, detail) = match outcome {
-        Ok(relayed) => (relayed, "".into()),
-        Err(failure) => {
-            relay::reset(&app);
-            (Relayed { from_app: 0, to_app: 0, reason: failure.reason }, failure.detail)
-        }
-    };
-    // The application learns of the end before the log does.
-    drop(app);
-    let record = Finished {
-        direction: Direction::Outbound,
-        encryption: way.encryption,
-        reason: relayed.reason,
-        detail: &detail,
-        policy: way.policy.as_deref(),
-        source_id: Some(&pod.workload.id),
-        source: Some(source),
-        destination_id: way.workload.as_ref().map(|workload| &workload.id),
-        destination: way.destination,
-        sent_bytes: relayed.from_app,
-        received_bytes: relayed.to_app,
-        duration: began.elapsed(),
-    };
-    shard.observe.finished(&record, true);
+/// One captured connection.
+struct Connection {
+    shard: Shard,
+    pod: Arc<Pod>,
+    app: TcpStream,
+    source: SocketAddr,
+    began: Instant,
+    way: Way,
 }
 
 /// How far a connection came, for its log line.
@@ -85,121 +65,150 @@ enum Opened {
     Local(Box<Open>),
 }
 
-async fn carry(
-    shard: &Shard,
-    pod: &Arc<Pod>,
-    app: &mut TcpStream,
-    source: SocketAddr,
-    listener_port: u16,
-    way: &mut Way,
-) -> Result<Relayed, Failure> {
-    let original = shard.capture.original_dst(source, listener_port).ok_or_else(|| Failure {
-        reason: Reason::NoOriginalDestination,
-        detail: "connected to the agent's own listener; it takes captured connections only".into(),
-    })?;
-    way.destination = Some(original);
-    // On the heap, and gone once there is a way: for the rest of its life a connection is only a relay.
-    let (pick, opened) = Box::pin(reach(shard, pod, app, source, original, way)).await?;
-    let relayed = match opened {
-        Opened::Tunnel(stream) => {
-            way.encryption = Encryption::Mtls;
-            relay::relay(app, stream, shard.stop(&pod.gone)).await
-        }
-        Opened::Local(open) => {
-            way.encryption = Encryption::Local;
-            open.carry(shard, app).await
-        }
-    };
-    pick.ended(relayed.reason, Instant::now());
-    Ok(relayed)
-}
+impl Connection {
+    fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr) -> Self {
+        shard.observe.opened(Direction::Outbound);
+        let way = Way { destination: None, workload: None, encryption: Encryption::None, policy: None };
+        Self { shard, pod, app, source, began: Instant::now(), way }
+    }
 
-/// A way to the original destination: for a service, from the first endpoint tried that gives one.
-async fn reach(
-    shard: &Shard,
-    pod: &Arc<Pod>,
-    app: &TcpStream,
-    source: SocketAddr,
-    original: SocketAddr,
-    way: &mut Way,
-) -> Result<(Pick, Opened), Failure> {
-    let nowhere = |error: ResolveError| Failure {
-        reason: match error {
-            ResolveError::UnknownAddress => Reason::UnknownDestination,
-            _ => Reason::NoEndpoint,
-        },
-        detail: format!("{original}: {error}").into(),
-    };
-    let directory = shard.directory.load();
-    let to = directory.resolve(original).map_err(nowhere)?;
-    let mut tries = shard.balance.tries(&directory, to, Instant::now(), shard.tunnel.connect_timeout);
-    let mut failed = None;
-    while let Some(mut pick) = tries.next(Instant::now()) {
-        match open(shard, pod, app, source, &mut pick, way).await {
-            Ok(opened) => return Ok((pick, opened)),
-            Err(failure) => {
-                tries.failed(pick, failure.reason, Instant::now());
-                failed = Some(failure);
+    /// From the original destination to the log line.
+    #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
+    fn serve(mut self, listener_port: u16) -> impl Future<Output = ()> {
+        async move {
+            let outcome = self.carry(listener_port).await;
+            self.finish(outcome);
+        }
+    }
+
+    async fn carry(&mut self, listener_port: u16) -> Result<Relayed, Failure> {
+        // On the heap, and gone once there is a way: for the rest of its life a connection is only a relay.
+        let (pick, opened) = Box::pin(self.reach(listener_port)).await?;
+        let Self { shard, pod, app, way, .. } = self;
+        let relayed = match opened {
+            Opened::Tunnel(stream) => {
+                way.encryption = Encryption::Mtls;
+                relay::relay(app, stream, pin!(shard.stop(&pod.gone))).await
+            }
+            Opened::Local(open) => {
+                way.encryption = Encryption::Local;
+                // It has two applications to watch: not to be paid for by those that are relayed.
+                Box::pin(open.carry(shard, app)).await
+            }
+        };
+        pick.ended(relayed.reason, Instant::now());
+        Ok(relayed)
+    }
+
+    /// A way to the original destination: for a service, from the first endpoint tried that gives one.
+    async fn reach(&mut self, listener_port: u16) -> Result<(Pick, Opened), Failure> {
+        let shard = self.shard.clone();
+        let original = shard.capture.original_dst(self.source, listener_port).ok_or_else(|| Failure {
+            reason: Reason::NoOriginalDestination,
+            detail: "connected to the agent's own listener; it takes captured connections only".into(),
+        })?;
+        self.way.destination = Some(original);
+        let nowhere = |error: ResolveError| Failure {
+            reason: match error {
+                ResolveError::UnknownAddress => Reason::UnknownDestination,
+                _ => Reason::NoEndpoint,
+            },
+            detail: format!("{original}: {error}").into(),
+        };
+        let directory = shard.directory.load();
+        let to = directory.resolve(original).map_err(nowhere)?;
+        let mut tries = shard.balance.tries(&directory, to, Instant::now(), shard.tunnel.connect_timeout);
+        let mut failed = None;
+        while let Some(mut pick) = tries.next(Instant::now()) {
+            match self.open(&mut pick).await {
+                Ok(opened) => return Ok((pick, opened)),
+                Err(failure) => {
+                    tries.failed(pick, failure.reason, Instant::now());
+                    failed = Some(failure);
+                }
             }
         }
+        Err(failed.unwrap_or_else(|| nowhere(ResolveError::NoEndpoint)))
     }
-    Err(failed.unwrap_or_else(|| nowhere(ResolveError::NoEndpoint)))
-}
 
-/// One try. When it fails, nothing that the application sends has been read.
-async fn open(
-    shard: &Shard,
-    pod: &Arc<Pod>,
-    app: &TcpStream,
-    source: SocketAddr,
-    pick: &mut Pick,
-    way: &mut Way,
-) -> Result<Opened, Failure> {
-    let destination = &pick.destination;
-    way.destination = Some(destination.address);
-    let route = route(shard, pod, destination);
-    way.workload = Some(Arc::clone(&destination.workload));
-    let attempt = Attempt {
-        peer: pod.workload.id.clone(),
-        source: source.ip(),
-        workload: Arc::clone(&destination.workload),
-        port: destination.address.port(),
-    };
-    shard.policies.deny_early(&attempt).map_err(|denial| {
-        let detail = denial.to_string().into();
-        way.policy = Some(denial.policy);
-        Failure { reason: Reason::DeniedByPolicy, detail }
-    })?;
-    if let Some(neighbour) = shard.pods.serving(destination) {
-        let passage = Passage::new(Arc::clone(pod), neighbour, source, destination.address);
-        return Ok(Opened::Local(Box::new(passage.open(shard, app).await?)));
-    }
-    let ask = Ask { authority: destination.address, source };
-    let opening = async {
-        let mut stream = shard.pool.open(&route, ask, Instant::now()).await?;
-        if pick.is_wary {
-            stream.recv.accepted().await.map_err(|reason| Failure {
-                reason,
-                detail: format!("{} at {} refused the stream", route.workload.destination, ask.authority)
-                    .into(),
-            })?;
+    /// One try. When it fails, nothing that the application sends has been read.
+    async fn open(&mut self, pick: &mut Pick) -> Result<Opened, Failure> {
+        let Self { shard, pod, app, source, way, .. } = self;
+        let destination = &pick.destination;
+        way.destination = Some(destination.address);
+        let route = route(shard, pod, destination);
+        way.workload = Some(Arc::clone(&destination.workload));
+        let attempt = Attempt {
+            peer: pod.workload.id.clone(),
+            source: source.ip(),
+            workload: Arc::clone(&destination.workload),
+            port: destination.address.port(),
+        };
+        shard.policies.deny_early(&attempt).map_err(|denial| {
+            let detail = denial.to_string().into();
+            way.policy = Some(denial.policy);
+            Failure { reason: Reason::DeniedByPolicy, detail }
+        })?;
+        if let Some(neighbour) = shard.pods.serving(destination) {
+            let passage = Passage::new(Arc::clone(pod), neighbour, *source, destination.address);
+            return Ok(Opened::Local(Box::new(passage.open(shard, app).await?)));
         }
-        Ok(stream)
-    };
-    // No other endpoint is faster while it is our own SVID that is waited for.
-    let patience = pick.patience.filter(|_| has_svids(shard, pod, &route));
-    let stream = tokio::select! {
-        opened = opening => opened?,
-        error = relay::failed(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
-        () = enough(patience) => return Err(Failure {
-            reason: Reason::ConnectTimeout,
-            detail: format!("{} at {} gave no stream in time", route.workload.destination, ask.authority).into(),
-        }),
-    };
-    if pick.is_wary {
-        pick.accepted(Instant::now());
+        let ask = Ask { authority: destination.address, source: *source };
+        let opening = async {
+            let mut stream = shard.pool.open(&route, ask, Instant::now()).await?;
+            if pick.is_wary {
+                stream.recv.accepted().await.map_err(|reason| Failure {
+                    reason,
+                    detail: format!("{} at {} refused the stream", route.workload.destination, ask.authority)
+                        .into(),
+                })?;
+            }
+            Ok(stream)
+        };
+        // No other endpoint is faster while it is our own SVID that is waited for.
+        let patience = pick.patience.filter(|_| has_svids(shard, pod, &route));
+        let stream = tokio::select! {
+            opened = opening => opened?,
+            error = relay::failed(app) => return Err(Failure { reason: Reason::AppReset, detail: error.to_string().into() }),
+            () = enough(patience) => return Err(Failure {
+                reason: Reason::ConnectTimeout,
+                detail: format!("{} at {} gave no stream in time", route.workload.destination, ask.authority).into(),
+            }),
+        };
+        if pick.is_wary {
+            pick.accepted(Instant::now());
+        }
+        Ok(Opened::Tunnel(stream))
     }
-    Ok(Opened::Tunnel(stream))
+
+    /// Ends it, and then says how it was.
+    fn finish(self, outcome: Result<Relayed, Failure>) {
+        let Self { shard, pod, app, source, began, way } = self;
+        let (relayed, detail) = match outcome {
+            Ok(relayed) => (relayed, "".into()),
+            Err(failure) => {
+                relay::reset(&app);
+                (Relayed { from_app: 0, to_app: 0, reason: failure.reason }, failure.detail)
+            }
+        };
+        // The application learns of the end before the log does.
+        drop(app);
+        let record = Finished {
+            direction: Direction::Outbound,
+            encryption: way.encryption,
+            reason: relayed.reason,
+            detail: &detail,
+            policy: way.policy.as_deref(),
+            source_id: Some(&pod.workload.id),
+            source: Some(source),
+            destination_id: way.workload.as_ref().map(|workload| &workload.id),
+            destination: way.destination,
+            sent_bytes: relayed.from_app,
+            received_bytes: relayed.to_app,
+            duration: began.elapsed(),
+        };
+        shard.observe.finished(&record, true);
+    }
 }
 
 /// Resolves when patience is over, which without a measure is never.
@@ -228,4 +237,19 @@ fn has_svids(shard: &Shard, pod: &Pod, route: &Route) -> bool {
     let trust = shard.trust.snapshot();
     let node = route.node.as_ref().map(|node| &node.source);
     [Some(&pod.workload.id), node].into_iter().flatten().all(|id| trust.svids.contains_key(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, Task>(_: impl Fn(A, B) -> Task) -> usize {
+        size_of::<Task>()
+    }
+
+    #[test]
+    fn an_idle_connections_task_is_small() {
+        let bytes = size(Connection::serve);
+        assert!(bytes <= 832, "{bytes} bytes for each open connection; what opens it belongs on the heap");
+    }
 }

@@ -268,7 +268,7 @@ pub struct Admitted {
 impl Admitted {
     /// Resolves when a change of the policies denies the connection. While nothing changes it costs
     /// a waker.
-    pub async fn revoked(mut self) -> Denial {
+    pub async fn revoked(&mut self) -> Denial {
         loop {
             let generation = self.policies.generation();
             if generation != self.generation {
@@ -400,13 +400,13 @@ mod tests {
     #[tokio::test]
     async fn a_change_revokes_what_it_denies_and_nothing_else() {
         let policies = Policies::none(domain());
-        let (web, other) =
+        let (mut web, mut other) =
             (policies.judge(attempt("web")).unwrap(), policies.judge(attempt("other")).unwrap());
         // Before anyone waits: the change must not be missed.
         take(&policies, &[policy("no-web", "action: deny, from: [{namespace: shop, serviceAccount: web}]")]);
         let denial = timeout(Duration::from_secs(5), web.revoked()).await.expect("revoked");
         assert_eq!(&*denial.policy, "shop/no-web");
-        let mut other = tokio::spawn(other.revoked());
+        let mut other = tokio::spawn(async move { other.revoked().await });
         timeout(Duration::from_millis(50), &mut other).await.expect_err("still allowed");
         take(&policies, &[policy("nobody", "action: allow, from: []")]);
         let denial = timeout(Duration::from_secs(5), other).await.expect("revoked while waiting").unwrap();

@@ -12,16 +12,17 @@ mod up;
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::pin;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::net::tcp::ReadHalf;
 
 use crate::hbone::lease::Cut;
+use crate::hbone::traffic::Traffic;
 use crate::hbone::{self, Stream};
 use crate::verdict::Reason;
 use down::Down;
@@ -42,52 +43,78 @@ pub struct Relayed {
 /// cut.
 ///
 /// On a failure the application's socket is reset and the stream is reset too.
-pub async fn relay(app: &mut TcpStream, stream: Stream, stop: impl Future<Output = Reason>) -> Relayed {
-    let mut up = Up::new(stream.send);
-    let mut down = Down::new(stream.recv);
-    let place = stream.place;
-    let mut told = 0;
-    let mut cut = stream.lease.map(Cut::of);
-    let mut stop = pin!(stop);
-    let (mut read, write) = app.split();
-    let reason = poll_fn(|cx| {
-        if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
-            return Poll::Ready(reason);
+///
+/// What this returns is most of what an idle connection costs, and whatever an `async fn` takes it keeps
+/// twice. Hence the form; and hence `stop` is only borrowed or boxed ([`Unpin`]).
+pub fn relay(
+    app: &mut TcpStream,
+    stream: Stream,
+    mut stop: impl Future<Output = Reason> + Unpin,
+) -> impl Future<Output = Relayed> {
+    let mut ways = Ways {
+        up: Up::new(stream.send),
+        down: Down::new(stream.recv),
+        cut: stream.lease.map(Cut::of),
+        place: stream.place,
+        told: 0,
+    };
+    async move {
+        let reason = poll_fn(|cx| match Pin::new(&mut stop).poll(cx) {
+            Poll::Ready(reason) => Poll::Ready(reason),
+            Poll::Pending => ways.poll(app, cx),
+        })
+        .await;
+        if reason != Reason::Done {
+            ways.up.reset(hbone::code(reason));
+            reset(app);
         }
-        if cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
-            return Poll::Ready(Reason::Revoked);
-        }
-        let outcome = poll_both(&mut up, &mut down, (&mut read, write.as_ref()), cx);
-        if let Some(place) = &place {
-            let moved = up.bytes() + down.bytes();
-            place.moved(moved - told, Instant::now);
-            told = moved;
-        }
-        outcome
-    })
-    .await;
-    if reason != Reason::Done {
-        up.reset(hbone::code(reason));
-        reset(app);
+        Relayed { from_app: ways.up.bytes(), to_app: ways.down.bytes(), reason }
     }
-    Relayed { from_app: up.bytes(), to_app: down.bytes(), reason }
 }
 
-fn poll_both(
-    up: &mut Up,
-    down: &mut Down,
-    (read, write): (&mut ReadHalf<'_>, &TcpStream),
-    cx: &mut Context<'_>,
-) -> Poll<Reason> {
-    let up = up.poll(read, cx);
-    // An application that has ended too is told by the close that follows at once.
-    let down = down.poll(write, up.is_ready(), cx);
-    match (up, down) {
-        // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
-        (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
-        (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Reason::Done),
-        _ => Poll::Pending,
+/// Both directions of a relay.
+struct Ways {
+    up: Up,
+    down: Down,
+    cut: Option<Cut>,
+    /// The stream counts as open on its tunnel for as long as this lives.
+    place: Option<Arc<Traffic>>,
+    /// Bytes that it was told of.
+    told: u64,
+}
+
+impl Ways {
+    /// Moves what can be moved; ready with the reason once the connection is over.
+    fn poll(&mut self, app: &mut TcpStream, cx: &mut Context<'_>) -> Poll<Reason> {
+        if self.cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
+            return Poll::Ready(Reason::Revoked);
+        }
+        let (mut read, write) = app.split();
+        let up = self.up.poll(&mut read, cx);
+        // An application that has ended too is told by the close that follows at once.
+        let down = self.down.poll(write.as_ref(), up.is_ready(), cx);
+        self.tell();
+        match (up, down) {
+            // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
+            (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Reason::Done),
+            _ => Poll::Pending,
+        }
     }
+
+    /// Tells the tunnel what was moved.
+    fn tell(&mut self) {
+        if let Some(place) = &self.place {
+            let moved = self.up.bytes() + self.down.bytes();
+            place.moved(moved - self.told, Instant::now);
+            self.told = moved;
+        }
+    }
+}
+
+/// Frees what this thread keeps for the next bytes. Call it now and then.
+pub fn trim() {
+    up::trim();
 }
 
 /// Makes the coming close a reset (RST), so that the application sees a failure and not an end.

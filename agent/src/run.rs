@@ -91,7 +91,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
 
     let metrics = Arc::new(Metrics::new()?);
     let shared = shared(&config, &node, &trust, &directory, &policies, &capture, &metrics);
-    let threads = start_threads(&config, &shared)?;
+    let threads = start_threads(&config, &shared, give_back)?;
     let enroller =
         Enroller::new(Arc::clone(&config), Arc::clone(&capture), Arc::clone(&shared.pods), threads);
     let issuer: Arc<dyn Issuer> = Arc::new(AuthorityIssuer::new(
@@ -196,10 +196,10 @@ fn shared(
     }
 }
 
-fn start_threads(config: &AgentConfig, shared: &Shared) -> Result<Vec<Thread>> {
+fn start_threads(config: &AgentConfig, shared: &Shared, give_back: fn()) -> Result<Vec<Thread>> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_DEFAULT_WORKERS);
     (0..config.workers.unwrap_or(cores))
-        .map(|number| Thread::start(number, shared.clone()))
+        .map(|number| Thread::start(number, shared.clone(), give_back))
         .collect::<Result<_, _>>()
         .context("cannot start the data path's threads")
 }

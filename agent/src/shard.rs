@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime;
 use tokio::sync::{Semaphore, broadcast, mpsc};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -27,11 +28,12 @@ use crate::policy::Policies;
 use crate::pool::dial::Dialer;
 use crate::pool::{Key, Pool, Word};
 use crate::telemetry::Observe;
+use crate::tls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
 use crate::verdict::Reason;
 use crate::warm::{self, Recent};
-use crate::{inbound, outbound};
+use crate::{inbound, outbound, relay};
 
 /// What every thread shares.
 #[derive(Clone, Debug)]
@@ -68,12 +70,15 @@ pub struct Shared {
     pub tasks: TaskTracker,
 }
 
+/// How often a thread looks whether it may give memory back.
+const TIDY_EVERY: Duration = Duration::from_secs(1);
+
 /// One thread's view: the shared state and its own pool.
 #[derive(Clone, Debug)]
 pub struct Shard {
     shared: Arc<Shared>,
     /// This thread's connections to peers.
-    pub pool: Pool,
+    pub pool: Arc<Pool>,
 }
 
 impl std::ops::Deref for Shard {
@@ -138,16 +143,16 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// Starts a thread.
+    /// Starts a thread. By `give_back` it lets the allocator give free memory back.
     ///
     /// # Errors
     /// When the system has no thread or no epoll for it.
-    pub fn start(number: usize, shared: Shared) -> io::Result<Self> {
+    pub fn start(number: usize, shared: Shared, give_back: fn()) -> io::Result<Self> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (commands, orders) = mpsc::unbounded_channel();
         let join = std::thread::Builder::new()
             .name(format!("data-{number}"))
-            .spawn(move || runtime.block_on(run(shared, orders)))?;
+            .spawn(move || runtime.block_on(run(shared, orders, give_back)))?;
         Ok(Self { commands, join })
     }
 
@@ -175,15 +180,17 @@ impl Thread {
     }
 }
 
-async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
-    let (trust, tls) = (Arc::clone(&shared.trust), Arc::clone(&shared.tls));
-    let dialer = Dialer::new(trust, tls, Arc::clone(&shared.tunnel), shared.observe.clone());
+async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>, give_back: fn()) {
+    let (trust, memory) = (Arc::clone(&shared.trust), Arc::clone(&shared.tls));
+    let dialer = Dialer::new(trust, memory, Arc::clone(&shared.tunnel), shared.observe.clone());
     let pool = Pool::new(dialer, shared.tunnel.max_streams, shared.words.clone());
     let mut words = shared.words.subscribe();
     let mut trust = shared.trust.subscribe();
     let idle = shared.tunnel.idle_timeout;
-    let shard = Shard { shared: Arc::new(shared), pool };
+    let shard = Shard { shared: Arc::new(shared), pool: Arc::new(pool) };
     let mut sweep = tokio::time::interval((idle / 4).max(Duration::from_secs(1)));
+    let mut tidy = tokio::time::interval(TIDY_EVERY);
+    tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             order = orders.recv() => match order {
@@ -202,6 +209,11 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>) {
                 shard.pool.refresh(warm::spread(nodes));
             }
             _ = sweep.tick() => shard.pool.sweep(Instant::now(), idle),
+            // By itself the allocator gives back only while it is asked for more.
+            _ = tidy.tick() => if tls::trim() {
+                relay::trim();
+                give_back();
+            },
         }
     }
     // Every sender is gone: the agent has drained, or gave up doing so.

@@ -30,6 +30,9 @@ use verify::{Misidentified, Refused};
 /// The one protocol spoken inside TLS (RFC 7301; RFC 9113, section 3.2).
 pub const ALPN_H2: &[u8] = b"h2";
 
+/// A thread that takes up a buffer so often in a second does so in a hundredth of it.
+const FEW: usize = 1000;
+
 /// A peer that is who it must be.
 #[derive(Clone, Debug)]
 pub struct Settled {
@@ -41,6 +44,12 @@ pub struct Settled {
 
 /// The same between two agents of ours, whose connection carries many workloads (see `proof`).
 pub const ALPN_NODE: &[u8] = b"hauberk/1";
+
+/// Frees what this thread keeps for records on their way and has not needed since the last call. Call it
+/// every second. Says whether the thread is quiet: it has had few records, or none.
+pub fn trim() -> bool {
+    buffers::trim() <= FEW
+}
 
 /// rustls' error as an I/O error, the way tokio-rustls has it, so that [`reason`] and [`explain`] find it.
 pub(crate) fn broken(error: Error) -> std::io::Error {

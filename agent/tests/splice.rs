@@ -43,7 +43,7 @@ async fn scene() -> Scene {
                 Err(_) => std::future::pending().await,
             }
         };
-        splice(&from, &to, stopped).await
+        splice(&from, &to, std::pin::pin!(stopped)).await
     });
     Scene { client, server, relay, stop }
 }

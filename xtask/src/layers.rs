@@ -94,6 +94,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "pod",
             "policy",
             "pool",
+            "relay",
             "telemetry",
             "tls",
             "trust",

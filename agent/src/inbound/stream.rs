@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use http::Request;
 use super::Peer;
 use super::front::{Admitted, Front, Tunnel};
 use crate::deliver::Delivered;
+use crate::hbone::server::Asked;
 use crate::hbone::{self, Recv, Stream, server};
 use crate::identity::SpiffeId;
 use crate::pod::Pod;
@@ -24,51 +26,67 @@ use crate::shard::Shard;
 use crate::telemetry::Finished;
 use crate::verdict::{Direction, Encryption, Reason};
 
-pub(super) async fn serve(
-    shard: &Shard,
-    front: &Front,
-    tunnel: &Tunnel,
-    peer: &Peer,
+/// A stream that is delivered to its application.
+struct Open {
+    shard: Shard,
+    pod: Arc<Pod>,
+    /// Who opened it, as was proven.
+    source: SpiffeId,
+    asked: Asked,
+    client: SocketAddr,
+    began: Instant,
+    permit: policy::Admitted,
+    delivered: Delivered,
+}
+
+/// One stream's whole task.
+pub(super) fn serve(
+    shard: Shard,
+    front: Front,
+    tunnel: Tunnel,
+    peer: Peer,
+    request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+) -> impl Future<Output = ()> + Send {
+    // On the heap, and gone once the stream is open: for the rest of its life it is only a relay.
+    let opening = Box::pin(open(shard, front, tunnel, peer, request, respond));
+    async move {
+        let Some((mut open, stream)) = opening.await else { return };
+        open.relay(stream).await;
+    }
+}
+
+/// From a request to an open stream; `None` if it was refused. Told and counted then.
+async fn open(
+    shard: Shard,
+    front: Front,
+    tunnel: Tunnel,
+    peer: Peer,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-) {
+) -> Option<(Open, Stream)> {
     let began = Instant::now();
-    let admitted = match front.admit(shard, tunnel, &request) {
+    let admitted = match front.admit(&shard, &tunnel, &request) {
         Ok(admitted) => admitted,
         Err(refusal) => {
             server::refuse(respond, request.into_body(), refusal.reason);
             let (at, source, source_id) = (front.id(), peer.address, Some(&peer.id));
             let (reason, detail) = (refusal.reason, &*refusal.detail);
-            return Refused { at, source, source_id, reason, detail }.tell(shard);
+            Refused { at, source, source_id, reason, detail }.tell(&shard);
+            return None;
         }
     };
     // The headers have said what they had to.
     let body = request.into_body();
-    let client = client(shard, &admitted, peer);
-    let Admitted { pod, source, asked, .. } = &admitted;
-    let tell = |relayed: Relayed, detail: &str, denial: Option<&Denial>, was_open| {
-        let record = Finished {
-            direction: Direction::Inbound,
-            encryption: Encryption::Mtls,
-            reason: relayed.reason,
-            detail,
-            policy: denial.map(|denial| &*denial.policy),
-            source_id: Some(source),
-            source: Some(client),
-            destination_id: Some(&pod.workload.id),
-            destination: Some(asked.authority),
-            sent_bytes: relayed.to_app,
-            received_bytes: relayed.from_app,
-            duration: began.elapsed(),
-        };
-        shard.observe.finished(&record, was_open);
-    };
-    let permit = match shard.policies.judge(attempt(&admitted, client)) {
+    let client = client(&shard, &admitted, &peer);
+    let Admitted { pod, source, asked, lease } = admitted;
+    let about = About { pod: &pod, source: &source, asked, client, began };
+    let permit = match shard.policies.judge(attempt(&about)) {
         Ok(permit) => permit,
         Err(denial) => {
             server::refuse(respond, body, Reason::DeniedByPolicy);
-            let nothing = Relayed { from_app: 0, to_app: 0, reason: Reason::DeniedByPolicy };
-            return tell(nothing, &denial.to_string(), Some(&denial), false);
+            about.tell(&shard, nothing(Reason::DeniedByPolicy), &denial.to_string(), Some(&denial), false);
+            return None;
         }
     };
     shard.observe.opened(Direction::Inbound);
@@ -80,66 +98,105 @@ pub(super) async fn serve(
         }
     };
     let outcome: io::Result<_> = connecting.await;
-    let mut denial = None;
-    let (relayed, detail) = match outcome {
+    let delivered = match outcome {
+        Ok(delivered) => delivered,
         Err(error) => {
             let reason = match error.kind() {
                 io::ErrorKind::ConnectionAborted => Reason::PeerReset,
                 _ => dial::connect_reason(&error),
             };
             server::refuse(respond, body, reason);
-            (Relayed { from_app: 0, to_app: 0, reason }, format!("the application: {error}"))
-        }
-        Ok(delivered) => {
-            let until = stop(shard, pod, permit, &mut denial);
-            let relayed = relay(&admitted, delivered, body, respond, until).await;
-            (relayed, denial.as_ref().map(Denial::to_string).unwrap_or_default())
+            about.tell(&shard, nothing(reason), &format!("the application: {error}"), None, true);
+            return None;
         }
     };
-    tell(relayed, &detail, denial.as_ref(), true);
+    match server::accept(respond) {
+        Ok(send) => {
+            let stream = Stream { send, recv: Recv::Open(body), place: None, lease: Some(lease) };
+            Some((Open { shard, pod, source, asked, client, began, permit, delivered }, stream))
+        }
+        Err(error) => {
+            relay::reset(&delivered.app);
+            about.tell(&shard, nothing(hbone::reason(&error)), "", None, true);
+            None
+        }
+    }
+}
+
+impl Open {
+    /// Relays until the end, and then says how it was.
+    async fn relay(&mut self, stream: Stream) {
+        let Self { shard, pod, source, asked, client, began, permit, delivered } = self;
+        let mut denial = None;
+        let relayed = {
+            let stop = pin!(stop(shard, pod, permit, &mut denial));
+            relay::relay(&mut delivered.app, stream, stop).await
+        };
+        if relayed.from_app > 0 {
+            delivered.answered();
+        }
+        let detail = denial.as_ref().map(Denial::to_string).unwrap_or_default();
+        let about = About { pod, source, asked: *asked, client: *client, began: *began };
+        about.tell(shard, relayed, &detail, denial.as_ref(), true);
+    }
+}
+
+/// What a log line says of an admitted stream, however it ends.
+struct About<'a> {
+    pod: &'a Pod,
+    source: &'a SpiffeId,
+    asked: Asked,
+    client: SocketAddr,
+    began: Instant,
+}
+
+impl About<'_> {
+    /// Logs and counts the end.
+    fn tell(&self, shard: &Shard, relayed: Relayed, detail: &str, denial: Option<&Denial>, was_open: bool) {
+        let record = Finished {
+            direction: Direction::Inbound,
+            encryption: Encryption::Mtls,
+            reason: relayed.reason,
+            detail,
+            policy: denial.map(|denial| &*denial.policy),
+            source_id: Some(self.source),
+            source: Some(self.client),
+            destination_id: Some(&self.pod.workload.id),
+            destination: Some(self.asked.authority),
+            sent_bytes: relayed.to_app,
+            received_bytes: relayed.from_app,
+            duration: self.began.elapsed(),
+        };
+        shard.observe.finished(&record, was_open);
+    }
+}
+
+fn nothing(reason: Reason) -> Relayed {
+    Relayed { from_app: 0, to_app: 0, reason }
 }
 
 /// What the policies are asked.
-fn attempt(admitted: &Admitted, client: SocketAddr) -> Attempt {
+fn attempt(about: &About<'_>) -> Attempt {
     Attempt {
-        peer: admitted.source.clone(),
-        source: client.ip(),
-        workload: Arc::clone(&admitted.pod.workload),
-        port: admitted.asked.authority.port(),
+        peer: about.source.clone(),
+        source: about.client.ip(),
+        workload: Arc::clone(&about.pod.workload),
+        port: about.asked.authority.port(),
     }
 }
 
 /// Resolves when an open stream has to end; by a change of the policies, it says which.
-async fn stop(shard: &Shard, pod: &Pod, permit: policy::Admitted, denial: &mut Option<Denial>) -> Reason {
+async fn stop(
+    shard: &Shard,
+    pod: &Pod,
+    permit: &mut policy::Admitted,
+    denial: &mut Option<Denial>,
+) -> Reason {
     tokio::select! {
         reason = shard.stop(&pod.gone) => reason,
         revoked = permit.revoked() => {
             *denial = Some(revoked);
             Reason::DeniedByPolicy
-        }
-    }
-}
-
-async fn relay(
-    admitted: &Admitted,
-    mut delivered: Delivered,
-    body: RecvStream,
-    respond: SendResponse<Bytes>,
-    stop: impl Future<Output = Reason>,
-) -> Relayed {
-    match server::accept(respond) {
-        Ok(send) => {
-            let recv = Recv::Open(body);
-            let stream = Stream { send, recv, place: None, lease: Some(Arc::clone(&admitted.lease)) };
-            let relayed = relay::relay(&mut delivered.app, stream, stop).await;
-            if relayed.from_app > 0 {
-                delivered.answered();
-            }
-            relayed
-        }
-        Err(error) => {
-            relay::reset(&delivered.app);
-            Relayed { from_app: 0, to_app: 0, reason: hbone::reason(&error) }
         }
     }
 }
@@ -186,5 +243,23 @@ impl Refused<'_> {
             duration: Duration::ZERO,
         };
         shard.observe.finished(&record, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, D, E, F, Task>(_: impl Fn(A, B, C, D, E, F) -> Task) -> usize {
+        size_of::<Task>()
+    }
+
+    #[test]
+    fn an_idle_streams_task_is_small() {
+        let bytes = size(serve);
+        assert!(
+            bytes <= 1184,
+            "{bytes} bytes for each stream that is open; what opens it belongs on the heap"
+        );
     }
 }

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -37,14 +37,17 @@ thread_local! {
 ///
 /// On a failure both sockets are reset. The outcome is told as the client's agent sees it:
 /// [`Reason::AppReset`] is the client's doing, [`Reason::PeerReset`] the server's.
-pub async fn splice(client: &TcpStream, server: &TcpStream, stop: impl Future<Output = Reason>) -> Relayed {
+pub async fn splice(
+    client: &TcpStream,
+    server: &TcpStream,
+    mut stop: impl Future<Output = Reason> + Unpin,
+) -> Relayed {
     let client = End { socket: client, reset: Reason::AppReset };
     let server = End { socket: server, reset: Reason::PeerReset };
     let (mut up, mut down) = (Half::default(), Half::default());
     let (mut client_failed, mut server_failed) = (pin!(failed(client.socket)), pin!(failed(server.socket)));
-    let mut stop = pin!(stop);
     let reason = poll_fn(|cx| {
-        if let Poll::Ready(reason) = stop.as_mut().poll(cx) {
+        if let Poll::Ready(reason) = Pin::new(&mut stop).poll(cx) {
             return Poll::Ready(reason);
         }
         match (up.poll(client, server, cx), down.poll(server, client, cx)) {

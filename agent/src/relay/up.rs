@@ -22,6 +22,11 @@ thread_local! {
     static ARENA: RefCell<BytesMut> = RefCell::new(BytesMut::new());
 }
 
+/// Lets go of this thread's buffer; those who read next start a new one.
+pub(super) fn trim() {
+    ARENA.take();
+}
+
 /// One direction of a relay: a reader of the socket, a writer of the stream.
 pub(super) struct Up {
     send: SendStream<Bytes>,
