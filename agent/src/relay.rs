@@ -56,7 +56,6 @@ pub fn relay(
         down: Down::new(stream.recv),
         cut: stream.lease.map(Cut::of),
         place: stream.place,
-        told: 0,
     };
     async move {
         let reason = poll_fn(|cx| match Pin::new(&mut stop).poll(cx) {
@@ -79,8 +78,6 @@ struct Ways {
     cut: Option<Cut>,
     /// The stream counts as open on its tunnel for as long as this lives.
     place: Option<Arc<Traffic>>,
-    /// Bytes that it was told of.
-    told: u64,
 }
 
 impl Ways {
@@ -89,11 +86,14 @@ impl Ways {
         if self.cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
             return Poll::Ready(Reason::Revoked);
         }
+        let before = self.moved();
         let (mut read, write) = app.split();
         let up = self.up.poll(&mut read, cx);
         // An application that has ended too is told by the close that follows at once.
         let down = self.down.poll(write.as_ref(), up.is_ready(), cx);
-        self.tell();
+        if let Some(place) = &self.place {
+            place.moved(self.moved() - before, Instant::now);
+        }
         match (up, down) {
             // The tunnel's word outranks the application's: when a peer resets, writing fails as well.
             (_, Poll::Ready(Err(reason))) | (Poll::Ready(Err(reason)), _) => Poll::Ready(reason),
@@ -102,13 +102,9 @@ impl Ways {
         }
     }
 
-    /// Tells the tunnel what was moved.
-    fn tell(&mut self) {
-        if let Some(place) = &self.place {
-            let moved = self.up.bytes() + self.down.bytes();
-            place.moved(moved - self.told, Instant::now);
-            self.told = moved;
-        }
+    /// Bytes in both directions.
+    fn moved(&self) -> u64 {
+        self.up.bytes() + self.down.bytes()
     }
 }
 
