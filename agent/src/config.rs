@@ -227,6 +227,8 @@ pub struct TunnelConfig {
     /// Whether TLS sessions are resumed, on both sides. Default true: a resumed session's peer is
     /// judged as in a full handshake, without the signatures.
     pub resumption: bool,
+    /// Whether the kernel seals and opens records, where it can. Default false: not measured to help.
+    pub kernel_tls: bool,
 }
 
 impl Default for TunnelConfig {
@@ -240,6 +242,7 @@ impl Default for TunnelConfig {
             stream_window: 8 << 20,
             max_handshakes: 512,
             resumption: true,
+            kernel_tls: false,
         }
     }
 }

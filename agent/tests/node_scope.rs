@@ -2,6 +2,8 @@
 //! and neither with pairs of identities. Pool, TLS, HBONE and proofs over loopback.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+mod kernel;
+
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
@@ -58,6 +60,7 @@ fn workload(side: &str, number: usize) -> SpiffeId {
 }
 
 fn authority() -> Ca {
+    kernel::if_asked();
     Ca::from_pem(domain(), &create_root(&domain(), SystemTime::now()).unwrap()).unwrap()
 }
 
