@@ -230,6 +230,8 @@ pub struct TunnelConfig {
     /// Whether TLS sessions are resumed, on both sides. Default true: a resumed session's peer is
     /// judged as in a full handshake, without the signatures.
     pub resumption: bool,
+    /// Whether the kernel seals and opens records, where it can. Default false: not measured to help.
+    pub kernel_tls: bool,
 }
 
 impl Default for TunnelConfig {
@@ -244,6 +246,7 @@ impl Default for TunnelConfig {
             max_handshakes: 512,
             warm_nodes: 32,
             resumption: true,
+            kernel_tls: false,
         }
     }
 }

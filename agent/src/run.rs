@@ -32,6 +32,7 @@ use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
 use crate::telemetry::access_log::KernelLog;
 use crate::telemetry::{Metrics, Observe};
+use crate::tls::ktls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
 
@@ -89,6 +90,10 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     // Loading the programs parses the kernel's types: some thirty megabytes that nothing needs any more.
     give_back();
 
+    if config.tunnel.kernel_tls {
+        use_kernel_tls();
+    }
+
     let metrics = Arc::new(Metrics::new()?);
     let shared = shared(&config, &node, &trust, &directory, &policies, &capture, &metrics);
     let threads = start_threads(&config, &shared, give_back)?;
@@ -141,6 +146,19 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
         tokio::task::spawn_blocking(move || thread.join()).await?;
     }
     Ok(())
+}
+
+/// Lets the kernel seal and open records, if it can do so for as long as a connection lives.
+fn use_kernel_tls() {
+    const INSTEAD: &str = "no kernel TLS (tunnel.kernelTls): the agent encrypts itself";
+    match ktls::probe() {
+        Ok(ability) if ability.rekeys => {
+            ability.switch_on();
+            tracing::info!("new connections use kernel TLS");
+        }
+        Ok(_) => tracing::warn!(reason = "this kernel changes no keys, as Linux 6.14 does", "{INSTEAD}"),
+        Err(missing) => tracing::warn!(reason = %missing, "{INSTEAD}"),
+    }
 }
 
 /// One agent for one runtime directory, for as long as the file lives.

@@ -11,6 +11,7 @@ mod buffers;
 pub mod client;
 pub mod exporter;
 pub mod handshake;
+pub mod ktls;
 pub mod memory;
 pub mod provider;
 mod record;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
 mod far;
+mod kernel;
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -14,6 +15,7 @@ use tokio::net::TcpListener;
 
 /// A pool that is alone.
 fn pool(agent: &Agent) -> Pool {
+    kernel::if_asked();
     agent.pool(&tokio::sync::broadcast::Sender::new(1))
 }
 

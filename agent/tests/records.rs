@@ -1,8 +1,10 @@
 //! Our record layer against rustls' own, in both roles: whatever the other end does must come out the same,
-//! or end in the right error.
+//! or end in the right error. `cargo xtask vm` runs the same with the records in the kernel.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
-use std::io::{self, ErrorKind};
+mod kernel;
+
+use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -15,13 +17,19 @@ use hauberk::tls::handshake::{self, Established};
 use hauberk::tls::stream::TlsStream;
 use hauberk::tls::{self, reason};
 use hauberk::verdict::Reason;
+use rustls::client::Resumption;
+use rustls::crypto::aws_lc_rs::cipher_suite;
+use rustls::crypto::{CipherSuiteCommon, CryptoProvider};
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ServerConfig};
+use rustls::server::ServerSessionMemoryCache;
+use rustls::version::TLS13;
+use rustls::{ClientConfig, HandshakeKind, ServerConfig, SupportedCipherSuite, Tls13CipherSuite};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 fn configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+    kernel::if_asked();
     let (domain, now) = (TrustDomain::parse("td.test").unwrap(), SystemTime::now());
     let ca = Ca::from_pem(domain.clone(), &create_root(&domain, now).unwrap()).unwrap();
     let svid = |name: &str| -> X509Svid {
@@ -48,6 +56,13 @@ fn name() -> ServerName<'static> {
 /// We dial, rustls accepts.
 async fn we_dial() -> (Established, server::TlsStream<TcpStream>) {
     let (client, server) = configs();
+    dial(client, server).await
+}
+
+async fn dial(
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+) -> (Established, server::TlsStream<TcpStream>) {
     let (near, far) = tcp().await;
     let accepting = TlsAcceptor::from(server);
     let (ours, theirs) = tokio::join!(handshake::connect(client, name(), near), accepting.accept(far));
@@ -57,6 +72,13 @@ async fn we_dial() -> (Established, server::TlsStream<TcpStream>) {
 /// rustls dials, we accept.
 async fn we_accept() -> (Established, client::TlsStream<TcpStream>) {
     let (client, server) = configs();
+    accept(client, server).await
+}
+
+async fn accept(
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+) -> (Established, client::TlsStream<TcpStream>) {
     let (near, far) = tcp().await;
     let connecting = TlsConnector::from(client);
     let (ours, theirs) = tokio::join!(handshake::accept(server, far), connecting.connect(name(), near));
@@ -140,12 +162,153 @@ async fn a_new_key_of_the_peers_is_taken_up_and_answered() {
     }
 }
 
+/// A server whose suites are these, and a client that accepts it.
+fn with_suites(suites: Vec<SupportedCipherSuite>) -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+    let (client, server) = configs();
+    let provider = CryptoProvider { cipher_suites: suites, ..(*tls::provider::provider()).clone() };
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[&TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::clone(&server.cert_resolver));
+    config.alpn_protocols = server.alpn_protocols.clone();
+    (client, Arc::new(config))
+}
+
+#[tokio::test]
+async fn every_cipher_suite_is_ours_too() {
+    for suite in &tls::provider::provider().cipher_suites {
+        let (client, server) = with_suites(vec![*suite]);
+        let (ours, theirs) = dial(Arc::clone(&client), Arc::clone(&server)).await;
+        exchange(ours.stream, theirs).await;
+        let (ours, theirs) = accept(client, server).await;
+        exchange(ours.stream, theirs).await;
+    }
+}
+
+#[tokio::test]
+async fn a_key_is_changed_before_it_has_sealed_too_much() {
+    let suite = cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().unwrap();
+    let common = CipherSuiteCommon { confidentiality_limit: 64, ..suite.common };
+    let narrow: &Tls13CipherSuite = Box::leak(Box::new(Tls13CipherSuite { common, ..*suite }));
+    let (client, server) = with_suites(vec![narrow.into()]);
+    let (ours, mut theirs) = accept(client, server).await;
+    let mut ours = ours.stream;
+    for round in 0..300u32 {
+        ours.write_all(&round.to_be_bytes()).await.unwrap();
+        ours.flush().await.unwrap();
+        assert_eq!(theirs.read_u32().await.unwrap(), round);
+    }
+}
+
+#[tokio::test]
+async fn a_ticket_behind_the_handshake_is_kept() {
+    let (client, server) = configs();
+    let mut client = Arc::unwrap_or_clone(client);
+    client.resumption = Resumption::in_memory_sessions(8);
+    let mut server = Arc::unwrap_or_clone(server);
+    server.send_tls13_tickets = 2;
+    server.session_storage = ServerSessionMemoryCache::new(8);
+    let (client, server) = (Arc::new(client), Arc::new(server));
+    for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+        let (ours, mut theirs) = dial(Arc::clone(&client), Arc::clone(&server)).await;
+        assert_eq!(ours.session.kind, kind);
+        // The ticket comes before it.
+        theirs.write_all(b"data").await.unwrap();
+        theirs.flush().await.unwrap();
+        let mut ours = ours.stream;
+        ours.read_exact(&mut [0; 4]).await.unwrap();
+    }
+}
+
+/// What a client says last in the handshake, with data right behind it; where the data begins.
+async fn finished_with(data: &[u8], client: Arc<ClientConfig>, tcp: &mut TcpStream) -> (Vec<u8>, usize) {
+    let mut rustls = rustls::ClientConnection::new(client, name()).unwrap();
+    let mut flight = Vec::new();
+    rustls.write_tls(&mut flight).unwrap();
+    tcp.write_all(&flight).await.unwrap();
+    while rustls.is_handshaking() {
+        let mut read = vec![0; 64 * 1024];
+        let length = tcp.read(&mut read).await.unwrap();
+        rustls.read_tls(&mut &read[..length]).unwrap();
+        rustls.process_new_packets().unwrap();
+    }
+    let mut last = Vec::new();
+    while rustls.wants_write() {
+        rustls.write_tls(&mut last).unwrap();
+    }
+    let begin = last.len();
+    rustls.set_buffer_limit(None);
+    rustls.writer().write_all(data).unwrap();
+    rustls.send_close_notify();
+    while rustls.wants_write() {
+        rustls.write_tls(&mut last).unwrap();
+    }
+    (last, begin)
+}
+
+#[tokio::test]
+async fn data_right_behind_the_handshake_may_be_cut_anywhere() {
+    const RECORD: usize = 16_384 + 22;
+    let data: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+    for cut in [0, 1, 4, 5, 6, 40, RECORD - 1, RECORD, RECORD + 1, RECORD + 5, 2 * RECORD, 3 * RECORD + 77] {
+        let (client, server) = configs();
+        let (mut near, far) = tcp().await;
+        let (done, established) = tokio::sync::oneshot::channel();
+        let peer = async {
+            let (bytes, begin) = finished_with(&data, client, &mut near).await;
+            near.write_all(&bytes[..begin + cut]).await.unwrap();
+            established.await.unwrap();
+            near.write_all(&bytes[begin + cut..]).await.unwrap();
+        };
+        let ours = async {
+            let mut ours = handshake::accept(server, far).await.unwrap().stream;
+            done.send(()).unwrap();
+            let mut got = Vec::new();
+            ours.read_to_end(&mut got).await.unwrap();
+            assert!(got == data, "cut at {cut}: {} bytes, or not the same", got.len());
+        };
+        tokio::join!(peer, ours);
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_lost_when_it_ends_with_tcp_full() {
+    let data: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
+    for size in [4_608, 30_000, 300_000] {
+        let (client, server) = configs();
+        let (near, far) = tcp().await;
+        socket2::SockRef::from(&near).set_send_buffer_size(size).unwrap();
+        let accepting = TlsAcceptor::from(server);
+        let (ours, theirs) = tokio::join!(handshake::connect(client, name(), near), accepting.accept(far));
+        let (mut ours, mut theirs) = (ours.unwrap().stream, theirs.unwrap());
+        let send = async {
+            for chunk in data.chunks(100_001) {
+                ours.write_all(chunk).await.unwrap();
+            }
+            ours.shutdown().await.unwrap();
+            drop(ours);
+        };
+        let mut got = Vec::new();
+        let (_, received) = tokio::join!(send, theirs.read_to_end(&mut got));
+        received.unwrap();
+        assert!(got == data, "{} of {} bytes, or not the same", got.len(), data.len());
+    }
+}
+
 #[tokio::test]
 async fn an_end_is_clean_only_with_a_close_notify() {
     let (ours, mut theirs) = we_dial().await;
     let mut ours = ours.stream;
     theirs.shutdown().await.unwrap();
     assert_eq!(ours.read(&mut [0; 8]).await.unwrap(), 0);
+
+    let (ours, mut theirs) = we_dial().await;
+    let mut ours = ours.stream;
+    theirs.write_all(b"x").await.unwrap();
+    theirs.shutdown().await.unwrap();
+    assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 1);
+    assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 0, "with room for less than an alert");
 
     let (ours, theirs) = we_dial().await;
     let mut ours = ours.stream;
@@ -162,14 +325,16 @@ async fn an_end_is_clean_only_with_a_close_notify() {
 async fn after(raw: &[u8]) -> io::Error {
     let (ours, theirs) = we_accept().await;
     let mut ours: TlsStream = ours.stream;
-    let (mut tcp, _) = theirs.into_inner();
+    let (mut tcp, mut rustls) = theirs.into_inner();
     tcp.write_all(raw).await.unwrap();
     let error = ours.read(&mut [0; 64]).await.unwrap_err();
     let mut told = Vec::new();
     drop(ours);
     // An alert, sealed, then the end.
     let _ = tcp.read_to_end(&mut told).await;
-    assert!(!told.is_empty(), "the peer is told");
+    rustls.read_tls(&mut &told[..]).unwrap();
+    let told = rustls.process_new_packets().unwrap_err();
+    assert!(matches!(told, rustls::Error::AlertReceived(_)), "the peer is told: {told}");
     error
 }
 

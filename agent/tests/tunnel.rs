@@ -1,6 +1,8 @@
 //! The tunnel without the kernel side: pool, TLS, HBONE and relay between two ends on loopback.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+mod kernel;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,6 +42,7 @@ fn domain() -> TrustDomain {
 }
 
 fn root() -> Root {
+    kernel::if_asked();
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

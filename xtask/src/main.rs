@@ -8,6 +8,7 @@ mod layers;
 mod setup;
 mod shell;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,8 @@ enum Verb {
     Check,
     /// Run each fuzz target for a while.
     Fuzz(fuzz::Fuzz),
+    /// Run the tests of kernel TLS on Debian's kernels, in an emulated machine (some minutes).
+    Vm(vm::Vm),
     /// Measure against the direct path and other proxies, side by side; --report keeps it.
     Bench(bench::Bench),
     /// Remove what killed demos and tests left: namespaces, cgroups, mounts.
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Verb::Test(test) => test.run(),
         Verb::Check => check::run(),
         Verb::Fuzz(fuzz) => fuzz.run(),
+        Verb::Vm(vm) => vm.run(),
         Verb::Bench(bench) => bench.run(),
         Verb::Clean => {
             tests::sweep::stale();

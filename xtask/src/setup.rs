@@ -208,7 +208,7 @@ fn debian_rust_src() -> Result<PathBuf> {
 }
 
 /// The Debian mirror that this machine's own apt uses.
-fn mirror() -> Result<String> {
+pub(crate) fn mirror() -> Result<String> {
     let mut texts = vec![fs::read_to_string("/etc/apt/sources.list").unwrap_or_default()];
     if let Ok(parts) = fs::read_dir("/etc/apt/sources.list.d") {
         texts.extend(parts.flatten().filter_map(|part| fs::read_to_string(part.path()).ok()));

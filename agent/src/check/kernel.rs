@@ -9,6 +9,7 @@ use nix::sys::utsname::uname;
 
 use super::Found;
 use crate::capture::mount;
+use crate::tls::ktls;
 
 pub(super) fn checks() -> Vec<Found> {
     let mut found = vec![version(), btf(), cgroup()];
@@ -104,11 +105,10 @@ fn privileges() -> Vec<Found> {
 
 fn ktls() -> Found {
     const NAME: &str = "kernel TLS";
-    // The module registers its name with TCP when it is loaded.
-    let available = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_ulp").unwrap_or_default();
-    if available.split_whitespace().any(|ulp| ulp == "tls") {
-        Found::ok(NAME, "available; this version encrypts in the agent all the same")
-    } else {
-        Found::ok(NAME, "not available; not needed, the agent encrypts itself")
-    }
+    let detail = match ktls::probe() {
+        Ok(ability) if ability.rekeys => "available, with changes of key: tunnel.kernelTls uses it".into(),
+        Ok(_) => "available, without changes of key (Linux 6.14): not used".into(),
+        Err(missing) => format!("not available, not needed: {missing}"),
+    };
+    Found::ok(NAME, detail)
 }

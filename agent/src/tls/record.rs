@@ -31,7 +31,7 @@ pub(super) enum Content {
 }
 
 impl Content {
-    fn code(self) -> u8 {
+    pub(super) fn code(self) -> u8 {
         match self {
             Self::Alert => 21,
             Self::Handshake => 22,
@@ -48,8 +48,8 @@ struct Key {
 }
 
 impl Key {
-    fn new((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Result<Self, Error> {
-        let (algorithm, key, iv) = match &secrets {
+    fn new((sequence, secrets): &(u64, ConnectionTrafficSecrets)) -> Result<Self, Error> {
+        let (algorithm, key, iv) = match secrets {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
             ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
             ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
@@ -59,7 +59,7 @@ impl Key {
         let iv =
             iv.as_ref().try_into().map_err(|_| Error::General("an IV that is not 96 bits long".into()))?;
         let aead = LessSafeKey::new(UnboundKey::new(algorithm, key.as_ref()).map_err(unusable)?);
-        Ok(Self { aead, iv, sequence })
+        Ok(Self { aead, iv, sequence: *sequence })
     }
 
     /// The nonce of the next record (section 5.3). Numbers never repeat: the connection ends before they
@@ -81,29 +81,32 @@ impl fmt::Debug for Key {
     }
 }
 
+/// Records that one key may seal (section 5.5).
+pub(super) fn limit(suite: SupportedCipherSuite) -> Result<u64, Error> {
+    match suite {
+        SupportedCipherSuite::Tls13(suite) => Ok(suite.common.confidentiality_limit),
+        #[allow(
+            unreachable_patterns,
+            reason = "TLS 1.2 is a feature of rustls that another crate may turn on"
+        )]
+        _ => Err(Error::General("TLS 1.3 only".into())),
+    }
+}
+
 /// The sending direction.
 #[derive(Debug)]
 pub(super) struct Sealer {
     key: Key,
-    /// Records that one key may seal (section 5.5).
     limit: u64,
 }
 
 impl Sealer {
     /// From rustls' secrets: the next record's number, and key and IV.
     pub(super) fn new(
-        secrets: (u64, ConnectionTrafficSecrets),
+        secrets: &(u64, ConnectionTrafficSecrets),
         suite: SupportedCipherSuite,
     ) -> Result<Self, Error> {
-        let limit = match suite {
-            SupportedCipherSuite::Tls13(suite) => suite.common.confidentiality_limit,
-            #[allow(
-                unreachable_patterns,
-                reason = "TLS 1.2 is a feature of rustls that another crate may turn on"
-            )]
-            _ => return Err(Error::General("TLS 1.3 only".into())),
-        };
-        Ok(Self { key: Key::new(secrets)?, limit })
+        Ok(Self { key: Key::new(secrets)?, limit: limit(suite)? })
     }
 
     /// Whether it is time for a new key. True well before the limit, as a write may hold many records.
@@ -112,7 +115,7 @@ impl Sealer {
     }
 
     /// Takes the next key into use.
-    pub(super) fn renew(&mut self, secrets: (u64, ConnectionTrafficSecrets)) -> Result<(), Error> {
+    pub(super) fn renew(&mut self, secrets: &(u64, ConnectionTrafficSecrets)) -> Result<(), Error> {
         self.key = Key::new(secrets)?;
         Ok(())
     }
@@ -162,8 +165,13 @@ pub(super) struct Opener {
 
 impl Opener {
     /// From rustls' secrets: the next record's number, and key and IV.
-    pub(super) fn new(secrets: (u64, ConnectionTrafficSecrets)) -> Result<Self, Error> {
+    pub(super) fn new(secrets: &(u64, ConnectionTrafficSecrets)) -> Result<Self, Error> {
         Ok(Self { key: Key::new(secrets)? })
+    }
+
+    /// The next record's number.
+    pub(super) fn sequence(&self) -> u64 {
+        self.key.sequence
     }
 
     /// Opens one record, whose header is `header`. `payload` is what lies behind it. What it held is

@@ -5,6 +5,7 @@
 //! be deferred: HTTP/2 flushes after each frame, but its driver flushes once for everything that its
 //! streams had ready ([`TlsStream::defer_flush`]).
 
+mod offload;
 mod read;
 
 use std::io;
@@ -22,6 +23,7 @@ use tokio::net::TcpStream;
 use super::broken;
 use super::buffers::Buffer;
 use super::record::{Content, MAX_CONTENT_BYTES, OVERHEAD_BYTES, Opener, Sealer};
+use offload::Offload;
 
 /// Sealed bytes that are written without waiting for a flush: a whole frame of a bulk stream.
 const WRITE_AT_BYTES: usize = 64 * 1024;
@@ -74,11 +76,14 @@ fn inappropriate() -> Error {
 struct Inner {
     tcp: TcpStream,
     session: Box<dyn Session>,
-    sealer: Sealer,
-    opener: Opener,
+    /// None: the kernel seals.
+    sealer: Option<Sealer>,
+    /// None: the kernel opens.
+    opener: Option<Opener>,
+    offload: Option<Box<Offload>>,
     /// Read from TCP, not yet opened.
     incoming: Buffer,
-    /// Sealed, not yet written to TCP.
+    /// Sealed (unless the kernel does that), not yet written to TCP.
     outgoing: Buffer,
     /// Opened, but with no room at the reader yet.
     plain: Buffer,
@@ -125,11 +130,15 @@ impl TlsStream {
         received: &[u8],
         plain: &[u8],
     ) -> Result<Self, Error> {
+        let (sealer, opener) = (Sealer::new(&secrets.tx, suite)?, Opener::new(&secrets.rx)?);
+        let offload = Offload::begin(&tcp, secrets, suite)?;
         let inner = Inner {
             tcp,
             session,
-            sealer: Sealer::new(secrets.tx, suite)?,
-            opener: Opener::new(secrets.rx)?,
+            // One of the two has the key: a nonce used twice would give it away.
+            sealer: offload.is_none().then_some(sealer),
+            opener: Some(opener),
+            offload,
             incoming: holding(received)?,
             outgoing: Buffer::default(),
             plain: holding(plain)?,
@@ -187,11 +196,17 @@ impl Inner {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.outgoing.consume(written);
+            if let Some(offload) = &mut self.offload {
+                offload.count(written);
+            }
         }
         Poll::Ready(Ok(()))
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, parts: [&[u8]; 2]) -> Poll<io::Result<usize>> {
+        if self.offload.is_some() {
+            return self.poll_write_plain(cx, parts);
+        }
         if self.outgoing.len() >= WRITE_AT_BYTES
             && let Poll::Ready(Err(error)) = self.poll_write_out(cx)
         {
@@ -212,7 +227,7 @@ impl Inner {
     /// Seals as much of `parts` as there is room for; how much that was.
     fn seal_data(&mut self, [mut first, mut second]: [&[u8]; 2]) -> Result<usize, Error> {
         self.outgoing.compact();
-        if self.owes_key_update || self.sealer.is_worn() {
+        if self.owes_key_update || self.sealer.as_ref().is_some_and(Sealer::is_worn) {
             self.renew_sending_key()?;
         }
         let mut total = 0;
@@ -234,17 +249,21 @@ impl Inner {
         self.seal_record(Content::Handshake, [&OUR_KEY_UPDATE, &[]])?;
         self.owes_key_update = false;
         let next = self.session.next_tx()?;
-        self.sealer.renew(next)
+        self.sealer.as_mut().ok_or(Error::EncryptError)?.renew(&next)
     }
 
     fn seal_record(&mut self, content: Content, parts: [&[u8]; 2]) -> Result<(), Error> {
-        let sealed = self.sealer.seal(content, parts, self.outgoing.spare())?;
+        let sealer = self.sealer.as_mut().ok_or(Error::EncryptError)?;
+        let sealed = sealer.seal(content, parts, self.outgoing.spare())?;
         self.outgoing.fill(sealed);
         Ok(())
     }
 
     /// Tells the peer why this ends, if there is room and TCP takes it at once.
     fn alert(&mut self, level: u8, description: AlertDescription) {
+        if self.offload.is_some() {
+            return self.alert_by_kernel(level, description);
+        }
         self.outgoing.compact();
         if self.outgoing.spare().len() >= OVERHEAD_BYTES + 2
             && self.seal_record(Content::Alert, [&[level, u8::from(description)], &[]]).is_ok()
@@ -255,7 +274,9 @@ impl Inner {
     }
 
     fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.said_goodbye {
+        if self.offload.is_some() {
+            ready!(self.poll_goodbye_by_kernel(cx))?;
+        } else if !self.said_goodbye {
             self.said_goodbye = true;
             self.alert(WARNING, AlertDescription::CloseNotify);
         }

@@ -8,7 +8,7 @@ use rustls::{AlertDescription, Error, InvalidMessage, PeerMisbehaved};
 use tokio::io::{AsyncRead, ReadBuf};
 
 use super::super::broken;
-use super::super::record::{self, Content, HEADER_BYTES, Opener, TAG_BYTES};
+use super::super::record::{self, Content, HEADER_BYTES, TAG_BYTES};
 use super::{FATAL, Inner, KEY_UPDATE, inappropriate};
 
 /// After reading this much the connection's task gives way. Otherwise it would take everything that the
@@ -32,19 +32,32 @@ impl Inner {
             if into.filled().len() > before || into.remaining() == 0 || self.peer_closed {
                 return Poll::Ready(Ok(()));
             }
-            ready!(self.poll_fill(cx))?;
+            if self.kernel_opens() {
+                ready!(self.poll_receive(cx, into))?;
+            } else {
+                ready!(self.poll_fill(cx))?;
+            }
         }
+    }
+
+    /// Pending once after each burst.
+    pub(super) fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.burst < BURST_BYTES {
+            return Poll::Ready(());
+        }
+        self.burst = 0;
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Reads from TCP, much at once.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.burst >= BURST_BYTES {
-            self.burst = 0;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
+        ready!(self.poll_turn(cx));
         self.incoming.compact();
-        let mut buffer = ReadBuf::new(self.incoming.spare());
+        let room = self.room_before_kernel();
+        let spare = self.incoming.spare();
+        let room = room.min(spare.len());
+        let mut buffer = ReadBuf::new(&mut spare[..room]);
         if Pin::new(&mut self.tcp).poll_read(cx, &mut buffer)?.is_pending() {
             self.burst = 0;
             self.incoming.give_back();
@@ -99,17 +112,24 @@ impl Inner {
         let opened = {
             let filled = self.incoming.filled();
             let (header, rest) = filled.split_first_chunk().ok_or(Error::DecryptError)?;
-            self.opener.open(header, &rest[..length], into)?
+            let opener = self.opener.as_mut().ok_or(Error::DecryptError)?;
+            opener.open(header, &rest[..length], into)?
         };
         self.incoming.consume(HEADER_BYTES + length);
-        match opened {
-            (Content::Data, held) if held > 0 => self.control_records = 0,
+        self.count(opened)?;
+        Ok(opened)
+    }
+
+    /// Counts what comes in a row without data.
+    pub(super) fn count(&mut self, (content, held): (Content, usize)) -> Result<(), Error> {
+        match content {
+            Content::Data if held > 0 => self.control_records = 0,
             _ => self.control_records += 1,
         }
         if self.control_records > MAX_CONTROL_RECORDS {
             return Err(Error::PeerMisbehaved(PeerMisbehaved::TooManyEmptyFragments));
         }
-        Ok(opened)
+        Ok(())
     }
 
     /// Opens the next record into a buffer of our own: the reader's is too small for it.
@@ -128,7 +148,7 @@ impl Inner {
         self.control(content, &message)
     }
 
-    fn drain_plain(&mut self, into: &mut ReadBuf<'_>) {
+    pub(super) fn drain_plain(&mut self, into: &mut ReadBuf<'_>) {
         let length = self.plain.len().min(into.remaining());
         if length > 0 {
             into.put_slice(&self.plain.filled()[..length]);
@@ -136,7 +156,7 @@ impl Inner {
         }
     }
 
-    fn control(&mut self, content: Content, bytes: &[u8]) -> Result<(), Error> {
+    pub(super) fn control(&mut self, content: Content, bytes: &[u8]) -> Result<(), Error> {
         if content == Content::Handshake {
             return self.handshake(bytes);
         }
@@ -164,7 +184,8 @@ impl Inner {
                 (NEW_SESSION_TICKET, ticket) => self.session.ticket(ticket)?,
                 // A key may change at a record's end only (section 5.1).
                 (KEY_UPDATE, [asked @ (0 | 1)]) if behind.is_empty() => {
-                    self.opener = Opener::new(self.session.next_rx()?)?;
+                    let next = self.session.next_rx()?;
+                    self.take_receiving_key(next)?;
                     self.owes_key_update |= *asked == 1;
                 }
                 (KEY_UPDATE, _) => return Err(Error::InvalidMessage(InvalidMessage::InvalidKeyUpdate)),
@@ -179,7 +200,7 @@ impl Inner {
     }
 }
 
-fn alert_for(error: &Error) -> AlertDescription {
+pub(super) fn alert_for(error: &Error) -> AlertDescription {
     match error {
         Error::DecryptError => AlertDescription::BadRecordMac,
         Error::PeerSentOversizedRecord => AlertDescription::RecordOverflow,
