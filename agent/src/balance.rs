@@ -225,7 +225,7 @@ mod tests {
         let now = Instant::now();
         let mut bench = Bench::new(&[("a", "n3"), ("b", "n3")]);
         let mut held = Vec::new();
-        while bench.metric("hauberk_balance_ejected") == "0" {
+        while bench.metric("hauberk_balance_ejected") == "0" || held.is_empty() {
             let mut tries = bench.to("10.96.0.1:80", now);
             let pick = tries.next(now).unwrap();
             match name(&pick).as_str() {

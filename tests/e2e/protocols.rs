@@ -3,13 +3,18 @@
 
 use std::time::Duration;
 
-use tests::{Host, Process, World};
+use tests::{Host, Mode, Options, Process, World};
 
 const SECRET: &str = "correct-horse-battery-staple";
 
-/// The usual world with a listener on the wire; `f` plays, then the wire must show TLS 1.3 only.
+/// The usual world with a listener on the wire; `f` plays, then the wire must show TLS 1.3 only, from its
+/// handshake on: no connection is made ahead.
 fn unseen(f: impl FnOnce(&World)) {
-    let world = World::usual().unwrap();
+    let agent_yaml = "tunnel: {warmNodes: 0}\n".into();
+    let mut world = World::new(Options { agent_yaml, ..Options::default() }).unwrap();
+    world.pod("client", "n1", Mode::Strict).unwrap();
+    world.pod("server", "n2", Mode::Strict).unwrap();
+    world.start().unwrap();
     let tap = world.tap().unwrap();
     f(&world);
     let seen = tap.finish().unwrap();

@@ -86,7 +86,9 @@ impl Demo {
 }
 
 fn make_world() -> Result<World> {
-    let mut world = World::new(Options { log: "info".into(), ..Options::default() })?;
+    // No connection is made ahead: the capture shall see the handshake.
+    let agent_yaml = "tunnel: {warmNodes: 0}\n".into();
+    let mut world = World::new(Options { log: "info".into(), agent_yaml, ..Options::default() })?;
     world.pod("shop", "n1", Mode::Strict)?;
     world.pod("web", "n2", Mode::Strict)?;
     world.pod("cache", "n2", Mode::Strict)?;

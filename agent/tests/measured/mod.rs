@@ -35,10 +35,11 @@ pub(crate) fn within(what: &str, counted: f64, predicted: f64, error: f64) {
 /// A factor of two, for CPU time: tasks and buffers come on top of what is predicted, and machines are noisy.
 pub(crate) fn within_twice(what: &str, measured: f64, predicted: f64) {
     println!("{what}: measured {measured:.1}, predicted {predicted:.1}");
-    assert!(
-        measured > predicted / 2.0 && measured < predicted * 2.0,
-        "{what}: measured {measured:.1}, predicted {predicted:.1}"
-    );
+    assert!(is_within_twice(measured, predicted), "{what}: measured {measured:.1}, predicted {predicted:.1}");
+}
+
+pub(crate) fn is_within_twice(measured: f64, predicted: f64) -> bool {
+    measured > predicted / 2.0 && measured < predicted * 2.0
 }
 
 /// Relays connections to `to`, and tells of each how many bytes it carried, both ways together.
