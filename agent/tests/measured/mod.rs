@@ -38,8 +38,11 @@ pub(crate) fn within_twice(what: &str, measured: f64, predicted: f64) {
     assert!(is_within_twice(measured, predicted), "{what}: measured {measured:.1}, predicted {predicted:.1}");
 }
 
+/// What tests are built as hardly optimises our own code, while the calibration is mostly the optimised crypto:
+/// a factor of three then.
 pub(crate) fn is_within_twice(measured: f64, predicted: f64) -> bool {
-    measured > predicted / 2.0 && measured < predicted * 2.0
+    let slower = if cfg!(debug_assertions) { 3.0 } else { 2.0 };
+    measured > predicted / 2.0 && measured < predicted * slower
 }
 
 /// Relays connections to `to`, and tells of each how many bytes it carried, both ways together.
