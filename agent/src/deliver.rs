@@ -8,7 +8,7 @@ mod ports;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -72,7 +72,7 @@ impl Deliver {
     /// when it is needed, or fails then.
     pub fn prepare(&self, ip: IpAddr) {
         if let Ok(socket) = self.socket(ip) {
-            self.stash[usize::from(ip.is_ipv6())].lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+            self.stash(ip).push(socket);
         }
     }
 
@@ -129,11 +129,15 @@ impl Deliver {
         }
     }
 
+    /// Unused sockets of the address's family.
+    fn stash(&self, ip: IpAddr) -> MutexGuard<'_, Vec<Socket>> {
+        // A stash holds whole sockets at every instant.
+        self.stash[usize::from(ip.is_ipv6())].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A socket made inside the pod.
     fn socket(&self, ip: IpAddr) -> io::Result<Socket> {
-        // A stash holds whole sockets at every instant.
-        let stash = || self.stash[usize::from(ip.is_ipv6())].lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(socket) = stash().pop() {
+        if let Some(socket) = self.stash(ip).pop() {
             return Ok(socket);
         }
         let domain = if ip.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
@@ -142,7 +146,7 @@ impl Deliver {
             self.netns.enter(|| (0..BATCH).map(|_| make(domain)).collect())?;
         let mut batch = batch?;
         let socket = batch.pop();
-        stash().append(&mut batch);
+        self.stash(ip).append(&mut batch);
         socket.ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
     }
 }

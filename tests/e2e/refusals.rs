@@ -117,16 +117,17 @@ fn bytes_that_are_no_tls_or_too_old_or_too_slow() {
     siege.still_serves();
 }
 
+/// Dials the server with a good certificate.
+fn as_client(siege: &Siege) -> Arc<ClientConfig> {
+    let svid = siege.svid_of(&id("client"), SystemTime::now());
+    tls::client::config(&svid, siege.ca.bundle(), id("server")).unwrap()
+}
+
 #[test]
 fn requests_that_no_authenticated_peer_may_make() {
     let siege = lay();
     let to = tunnel(&siege);
-    let config = tls::client::config(
-        &siege.svid_of(&id("client"), SystemTime::now()),
-        siege.ca.bundle(),
-        id("server"),
-    )
-    .unwrap();
+    let config = as_client(&siege);
     let server = siege.world.get("server");
     let (far, hbone, listener) = (siege.world.get("client").v4(80), server.v4(15008), server.v4(15001));
     let statuses = siege.attack(async {
@@ -186,12 +187,7 @@ fn a_source_address_is_believed_only_from_the_one_who_has_it() {
 fn http_2_abuse_ends_the_abusers_connection_only() {
     let siege = lay();
     let to = tunnel(&siege);
-    let config = tls::client::config(
-        &siege.svid_of(&id("client"), SystemTime::now()),
-        siege.ca.bundle(),
-        id("server"),
-    )
-    .unwrap();
+    let config = as_client(&siege);
     let app = siege.world.get("server").v4(9);
 
     // Headers without end.

@@ -9,30 +9,34 @@ use serde_json::{Value, json};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::net::tcp::WriteHalf;
 use tokio::time::timeout;
 
 use super::load::ping;
 use super::pattern::{Hash, pattern};
 use super::{canonical, say, word};
 
+/// Sends so much of the pattern, in pieces, and then the end; its hash.
+async fn send(write: &mut WriteHalf<'_>, bytes: u64, piece: usize) -> io::Result<u64> {
+    let mut hash = Hash::default();
+    let mut buffer = vec![0; piece];
+    let mut at = 0;
+    while at < bytes {
+        let length = buffer.len().min((bytes - at) as usize);
+        pattern(at, &mut buffer[..length]);
+        hash.add(&buffer[..length]);
+        write.write_all(&buffer[..length]).await?;
+        at += length as u64;
+    }
+    write.shutdown().await?;
+    Ok(hash.0)
+}
+
 pub(super) async fn bulk(to: SocketAddr, bytes: u64) -> Result<Value> {
     let began = Instant::now();
     let mut tcp = TcpStream::connect(to).await?;
     let (mut read, mut write) = tcp.split();
-    let sending = async {
-        let mut hash = Hash::default();
-        let mut buffer = vec![0; 256 * 1024];
-        let mut at = 0;
-        while at < bytes {
-            let length = buffer.len().min((bytes - at) as usize);
-            pattern(at, &mut buffer[..length]);
-            hash.add(&buffer[..length]);
-            write.write_all(&buffer[..length]).await?;
-            at += length as u64;
-        }
-        write.shutdown().await?;
-        Ok::<_, io::Error>(hash.0)
-    };
+    let sending = async { send(&mut write, bytes, 256 * 1024).await };
     let receiving = async {
         let mut hash = Hash::default();
         let mut buffer = vec![0; 256 * 1024];
@@ -103,20 +107,10 @@ pub(super) fn ask(
 pub(super) async fn half_close(to: SocketAddr, bytes: u64) -> Result<Value> {
     let mut tcp = TcpStream::connect(to).await?;
     let (mut read, mut write) = tcp.split();
-    let mut hash = Hash::default();
-    let mut buffer = vec![0; 64 * 1024];
-    let mut at = 0;
-    while at < bytes {
-        let length = buffer.len().min((bytes - at) as usize);
-        pattern(at, &mut buffer[..length]);
-        hash.add(&buffer[..length]);
-        write.write_all(&buffer[..length]).await?;
-        at += length as u64;
-    }
-    write.shutdown().await?;
+    let sent = send(&mut write, bytes, 64 * 1024).await?;
     let mut answer = String::new();
     read.read_to_string(&mut answer).await?;
-    Ok(json!({"same": answer == format!("{bytes} {:x}", hash.0), "answer": answer}))
+    Ok(json!({"same": answer == format!("{bytes} {sent:x}"), "answer": answer}))
 }
 
 pub(super) async fn send_after_end(to: SocketAddr, bytes: u64) -> Result<Value> {
