@@ -122,6 +122,11 @@ impl Pods {
         self.0.load().get(&ip).map(Arc::clone)
     }
 
+    /// A pod of an identity.
+    pub fn of(&self, id: &str) -> Option<Arc<Pod>> {
+        self.0.load().values().find(|pod| pod.workload.id.as_str() == id).map(Arc::clone)
+    }
+
     /// The pod that serves a destination, if it is one of this node's: at that address, with the
     /// identity and on the node that the directory says. While enrolment and directory differ it is
     /// none, and the tunnel's handshake finds out who is there.

@@ -8,6 +8,7 @@
 //!
 //! One pool belongs to one thread; its lock is never contended and never held across an await.
 
+mod acquaint;
 pub mod dial;
 mod node;
 mod slot;
@@ -209,8 +210,14 @@ impl Pool {
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
             }
-            if let Err(failure) = pool.ahead(&key).await {
-                tracing::debug!(node = %key.destination, %failure, "no connection made ahead");
+            // Who spoke to whom on the old connection will do so on the new one.
+            let [ours, theirs] = pool.met(&key);
+            match pool.ahead(&key).await {
+                Ok(true) => pool.acquaint(&key, ours, theirs).await,
+                Ok(false) => {}
+                Err(failure) => {
+                    tracing::debug!(node = %key.destination, %failure, "no connection made ahead");
+                }
             }
         });
     }

@@ -146,8 +146,18 @@ async fn reach(shard: Shard, key: Key, tries: usize) -> Tried {
     if matches!(outcome, Ok(true)) {
         // Whoever misses it dials when it needs to.
         let _ = shard.words.send(Word::Ahead(key.clone()));
+        let [ours, theirs] =
+            [&shard.node, &key.destination].map(|node| members(&shard.directory.load(), node));
+        shard.pool.acquaint(&key, ours, theirs).await;
     }
     (key, tries, outcome)
+}
+
+/// The workloads of a node that are in the mesh.
+fn members(directory: &Directory, node: &SpiffeId) -> Vec<SpiffeId> {
+    let node = node.node_name().unwrap_or_default();
+    let members = directory.workloads().iter().filter(|w| w.mode != Mode::Off && w.node == node);
+    members.map(|workload| workload.id.clone()).collect()
 }
 
 async fn until(at: Option<Instant>) {

@@ -128,6 +128,37 @@ async fn a_connection_made_ahead_is_the_first_streams_and_is_made_once() {
 }
 
 #[tokio::test]
+async fn who_has_proven_themselves_ahead_waits_for_nothing_and_does_so_again_after_a_rotation() {
+    let ca = authority();
+    let mut far = far(&ca);
+    far.answers = Arc::new(Semaphore::new(0));
+    let address = far.serve(node("n2")).await;
+    let near = near(&ca);
+    let pool = near.pool(&broadcast::Sender::new(1));
+    let between = Key { source: node("n1"), destination: node("n2"), address };
+    let signatures = || {
+        let seen = far.seen.lock().unwrap();
+        (seen.theirs.len(), seen.ours.len())
+    };
+    pool.ahead(&between).await.unwrap();
+    pool.acquaint(&between, vec![workload("a", 0)], vec![workload("b", 0)]).await;
+    assert_eq!(signatures(), (1, 1), "one of each side");
+    assert!(far.seen.lock().unwrap().pairs.is_empty(), "and nobody was asked for a stream");
+
+    let route = route(address, between);
+    let ask = Ask { authority: application(0), source: application(0) };
+    let _stream = pool.open(&route, ask, Instant::now()).await.unwrap();
+    assert_eq!(signatures(), (1, 1), "the stream is open though nothing has been answered");
+
+    near.trust.insert(svid(&ca, &node("n1")));
+    pool.refresh(Duration::ZERO);
+    while signatures() != (2, 2) {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(far.seen.lock().unwrap().handshakes, 2);
+}
+
+#[tokio::test]
 async fn a_node_that_is_not_there_is_asked_once_and_held_against_nobody() {
     let ca = authority();
     let near = near(&ca);

@@ -2,6 +2,7 @@
 //! prove, and a node that proves nothing gets no byte of an application.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+mod intruder;
 mod siege;
 
 use std::net::SocketAddr;
@@ -11,118 +12,29 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::RecvStream;
-use h2::client::SendRequest;
 use h2::server::SendResponse;
-use hauberk::hbone::{DESTINATION_HEADER, PROOF_HEADER, REASON_HEADER, SOURCE_HEADER};
+use hauberk::hbone::PROOF_HEADER;
 use hauberk::identity::SpiffeId;
 use hauberk::identity::svid::X509Svid;
 use hauberk::proof::{Binding, Side, prove};
 use hauberk::tls::handshake::{self, Established};
 use hauberk::tls::{self, ALPN_H2, ALPN_NODE};
-use http::{HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Request, Response};
+use intruder::{NODE, lay, node};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
-use siege::{HOUR, Siege, domain, id};
+use siege::{HOUR, Siege, id};
 use tests::{Agent, Mode, Options, World};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 
-/// Node 2's agent, for other nodes.
-const NODE: &str = "192.168.50.2:15008";
 /// Where the directory has the node `evil`, and its workload `mole`.
 const EVIL: &str = "192.168.60.2:15008";
 const MOLE: &str = "192.168.60.3:15008";
 
-fn node(name: &str) -> SpiffeId {
-    SpiffeId::node(&domain(), name).unwrap()
-}
-
-/// The directory lists a node `evil` with two workloads.
-fn lay() -> Siege {
-    Siege::of(|world| {
-        world.ghost_node("evil", "192.168.60.2");
-        for (workload, address) in [("mole", "192.168.60.3"), ("rat", "192.168.60.4")] {
-            world.ghost_on("evil", workload, address);
-            world.host("out").ip(&["addr", "add", &format!("{address}/24"), "dev", "uplink"]).unwrap();
-        }
-    })
-}
-
-impl Siege {
-    fn svid(&self, id: &SpiffeId) -> X509Svid {
-        self.svid_of(id, SystemTime::now())
-    }
-
-    fn dials(&self, svid: &X509Svid, expected: SpiffeId, alpn: &[&[u8]]) -> Arc<ClientConfig> {
-        let config = tls::client::config(svid, self.ca.bundle(), expected).unwrap();
-        let mut config = ClientConfig::clone(&config);
-        config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
-        Arc::new(config)
-    }
-
-    /// A connection to node 2's agent as a node.
-    async fn intrude(&self, from: &str) -> Intruder {
-        let config = self.dials(&self.svid(&node(from)), node("n2"), &[ALPN_NODE]);
-        let to: SocketAddr = NODE.parse().unwrap();
-        let tcp = TcpStream::connect(to).await.unwrap();
-        let name = ServerName::IpAddress(to.ip().into());
-        let Established { stream, session } = handshake::connect(config, name, tcp).await.unwrap();
-        let (send, connection) = h2::client::handshake(stream).await.unwrap();
-        tokio::spawn(connection);
-        let binding = Binding { exporter: session.exporter, client: node(from), server: node("n2") };
-        Intruder { send, binding }
-    }
-}
-
 fn told(agent: &Agent, words: &str) {
     let log = agent.log();
     assert!(log.lines().any(|line| line.contains(words)), "the log tells {words}:\n{}", agent.log_tail(10));
-}
-
-/// A node that is in, and may say what it likes.
-struct Intruder {
-    send: SendRequest<Bytes>,
-    binding: Binding,
-}
-
-impl Intruder {
-    fn proves(&self, svid: &X509Svid) -> String {
-        prove(svid, &self.binding, Side::Client).unwrap()
-    }
-
-    /// Asks for a stream to `server`, and says how it is answered: by the reason's word, or by the status.
-    async fn ask(
-        &self,
-        to: &str,
-        source: Option<&SpiffeId>,
-        proof: Option<&str>,
-    ) -> Result<String, h2::Error> {
-        self.ask_for(Some(&id("server")), to, source, proof).await
-    }
-
-    async fn ask_for(
-        &self,
-        destination: Option<&SpiffeId>,
-        to: &str,
-        source: Option<&SpiffeId>,
-        proof: Option<&str>,
-    ) -> Result<String, h2::Error> {
-        let mut request = Request::builder().method(Method::CONNECT).uri(to);
-        if let Some(destination) = destination {
-            request = request.header(DESTINATION_HEADER, destination.as_str());
-        }
-        if let Some(source) = source {
-            request = request.header(SOURCE_HEADER, source.as_str());
-        }
-        if let Some(proof) = proof {
-            request = request.header(PROOF_HEADER, proof);
-        }
-        let mut send = self.send.clone().ready().await?;
-        let (response, _body) = send.send_request(request.body(()).unwrap(), false)?;
-        let response = response.await?;
-        let word = response.headers().get(REASON_HEADER).map(|word| word.to_str().unwrap().to_owned());
-        Ok(word.unwrap_or_else(|| response.status().as_u16().to_string()))
-    }
 }
 
 #[test]

@@ -136,15 +136,33 @@ impl Place {
     /// # Errors
     /// When the connection is closing or broken; nothing was sent then.
     pub fn open(self, ask: Ask, who: Option<Identified<'_>>) -> Result<Stream, h2::Error> {
+        self.ask(request(ask, who)?, who, false)
+    }
+
+    /// Has two workloads prove themselves, in node scope, without a stream of theirs.
+    ///
+    /// # Errors
+    /// When the connection is closing or broken.
+    pub fn introduce(self, who: Identified<'_>) -> Result<Stream, h2::Error> {
+        let mut request = Request::new(());
+        *request.method_mut() = Method::OPTIONS;
+        // What is asked is this connection's other end itself: the name says nothing.
+        *request.uri_mut() = Uri::from_static("https://node/");
+        identify(who, request.headers_mut())?;
+        self.ask(request, Some(who), true)
+    }
+
+    fn ask(
+        self,
+        request: Request<()>,
+        who: Option<Identified<'_>>,
+        is_all: bool,
+    ) -> Result<Stream, h2::Error> {
         let Tunnel { mut send, place, lease } = self.0;
-        let (response, send) = send.send_request(request(ask, who)?, false)?;
+        let (response, send) = send.send_request(request, is_all)?;
         let acknowledged = who.map(|who| Arc::clone(who.acknowledged));
-        Ok(Stream {
-            send,
-            recv: Recv::Pending(response, acknowledged),
-            place: Some(place),
-            lease: Some(lease),
-        })
+        let recv = Recv::Pending(response, acknowledged);
+        Ok(Stream { send, recv, place: Some(place), lease: Some(lease) })
     }
 }
 

@@ -111,6 +111,17 @@ pub fn parse<B>(request: &Request<B>) -> Result<Asked, Reason> {
     Ok(Asked { authority, source })
 }
 
+/// Whether no stream is asked for, only that two workloads prove themselves to each other's node (node scope).
+pub fn is_introduction<B>(request: &Request<B>) -> bool {
+    request.method() == Method::OPTIONS
+}
+
+/// Grants an introduction.
+pub fn met(mut respond: SendResponse<Bytes>) {
+    // The peer may be gone; then there is nobody to tell.
+    let _ = respond.send_response(Response::new(()), true);
+}
+
 /// Grants a request: the stream is open.
 ///
 /// # Errors

@@ -169,14 +169,34 @@ impl Front {
         request: &Request<RecvStream>,
     ) -> Option<Arc<Shown>> {
         let (Self::Node(_), Tunnel::Node(proofs)) = (self, tunnel) else { return None };
-        if !server::identified(request).is_ok_and(|said| said.want) {
-            return None;
-        }
-        let pod = shard.pods.at(server::parse(request).ok()?.authority.ip())?;
+        let said = server::identified(request).ok().filter(|said| said.want)?;
+        let pod = match server::is_introduction(request) {
+            true => shard.pods.of(said.destination)?,
+            false => shard.pods.at(server::parse(request).ok()?.authority.ip())?,
+        };
         let trust = shard.trust.snapshot();
         let own = trust.svids.get(&pod.workload.id).filter(|svid| trust.revoked(svid.leaf()).is_none())?;
         // Why it cannot be made is said when the request is judged.
         proofs.show(own).ok()
+    }
+
+    /// Has the peer's workload prove itself before a stream of its needs that.
+    ///
+    /// # Errors
+    /// When it has not, or a stream of its would not be admitted to that destination.
+    pub(super) fn meet(
+        &self,
+        shard: &Shard,
+        tunnel: &Tunnel,
+        request: &Request<RecvStream>,
+    ) -> Result<(), Refusal> {
+        let (Self::Node(_), Tunnel::Node(proofs)) = (self, tunnel) else {
+            return Err(refusal(Reason::BadRequest, request));
+        };
+        let said = server::identified(request).map_err(|reason| refusal(reason, request))?;
+        let pod = shard.pods.of(said.destination);
+        let pod = pod.ok_or_else(|| refusal(Reason::NotLocal, request))?;
+        introduce(shard, proofs, &pod, request).map(drop)
     }
 
     /// May this be asked here?

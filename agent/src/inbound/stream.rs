@@ -21,6 +21,7 @@ use crate::identity::SpiffeId;
 use crate::pod::Pod;
 use crate::policy::{self, Attempt, Denial};
 use crate::pool::dial;
+use crate::proof::Refusal;
 use crate::relay::{self, Relayed};
 use crate::shard::Shard;
 use crate::telemetry::Finished;
@@ -66,6 +67,10 @@ async fn open(
     mut respond: SendResponse<Bytes>,
 ) -> Option<(Open, Stream)> {
     let began = Instant::now();
+    if server::is_introduction(&request) {
+        introduce(&shard, &front, &tunnel, &peer, request, respond);
+        return None;
+    }
     let admitted = match front.admit(&shard, &tunnel, &request) {
         Ok(admitted) => admitted,
         Err(refusal) => {
@@ -119,6 +124,24 @@ async fn open(
             relay::reset(&delivered.app);
             about.tell(&shard, nothing(hbone::reason(&error)), "", None, true);
             None
+        }
+    }
+}
+
+/// Answers who wants no stream yet. It is no connection of anybody's, and so none that is counted.
+fn introduce(
+    shard: &Shard,
+    front: &Front,
+    tunnel: &Tunnel,
+    peer: &Peer,
+    request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+) {
+    match front.meet(shard, tunnel, &request) {
+        Ok(()) => server::met(respond),
+        Err(Refusal { reason, detail }) => {
+            tracing::debug!(peer = %peer.id, reason = reason.as_str(), detail, "a workload has not been introduced");
+            server::refuse(respond, request.into_body(), reason);
         }
     }
 }

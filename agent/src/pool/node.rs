@@ -40,6 +40,37 @@ pub(super) async fn stream(
     parties: &Key,
     ask: Ask,
 ) -> Result<Option<Stream>, Failure> {
+    begin(dialer, proofs, parties, |who| place.open(ask, Some(who))).await
+}
+
+/// Has the two workloads prove themselves before they have a stream; does nothing when the connection closed
+/// this instant.
+///
+/// # Errors
+/// When one of them cannot, or the peer does not want to know.
+pub(super) async fn introduce(
+    dialer: &Dialer,
+    place: Place,
+    proofs: &Arc<Proofs>,
+    parties: &Key,
+) -> Result<(), Failure> {
+    let asked = begin(dialer, proofs, parties, |who| place.introduce(who)).await?;
+    let Some(mut asked) = asked else { return Ok(()) };
+    let patience = dialer.proof_timeout();
+    let answer = timeout(patience, asked.recv.accepted()).await;
+    answer.unwrap_or(Err(Reason::HandshakeTimeout)).map_err(|reason| {
+        let detail = format!("{} was not introduced to {}", parties.source, parties.destination);
+        Failure { reason, detail: detail.into() }
+    })
+}
+
+/// Asks for something by which both workloads are proven; resolves when the destination is.
+async fn begin(
+    dialer: &Dialer,
+    proofs: &Arc<Proofs>,
+    parties: &Key,
+    ask: impl FnOnce(Identified<'_>) -> Result<Stream, h2::Error>,
+) -> Result<Option<Stream>, Failure> {
     let (svid, trust) = dialer.svid(&parties.source).await?;
     let roots = dialer.roots(&trust)?;
     let mut moment = Moment { proofs, parties, svid, trust, roots };
@@ -52,7 +83,7 @@ pub(super) async fn stream(
         acknowledged: &shown.acknowledged,
         want: known.is_err(),
     };
-    let Ok(mut stream) = place.open(ask, Some(who)) else { return Ok(None) };
+    let Ok(mut stream) = ask(who) else { return Ok(None) };
     let theirs = match known {
         Ok(theirs) => theirs,
         Err(_) => moment.meet(&mut stream, dialer).await?,

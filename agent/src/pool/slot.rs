@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use super::dial::Dialled;
 use super::{Failure, Waiter};
 use crate::hbone::client::{Place, Tunnel};
+use crate::identity::SpiffeId;
 use crate::proof::connection::Proofs;
 
 /// What the one who asks for a stream gets.
@@ -108,6 +109,24 @@ impl Slot {
     pub(super) fn begin_refresh(&mut self, epoch: Epoch) -> bool {
         let old = self.is_connected() && !self.is_fresh(Some(epoch));
         old && !std::mem::replace(&mut self.refreshing, true)
+    }
+
+    /// The newest connection between nodes, for what is no stream of an application: no place is counted as
+    /// its use.
+    pub(super) fn newest(&self) -> Option<(Place, Arc<Proofs>)> {
+        let newest = self.pooled.last()?;
+        Some((newest.tunnel.place(), Arc::clone(newest.proofs.as_ref()?)))
+    }
+
+    /// Who has proven themselves on its connections, to both sides: first ours, then theirs.
+    pub(super) fn met(&self) -> [Vec<SpiffeId>; 2] {
+        let proofs = self.pooled.iter().filter_map(|p| p.proofs.as_ref());
+        proofs.map(|proofs| proofs.met()).fold(Default::default(), |[mut ours, mut theirs], met| {
+            let [more_ours, more_theirs] = met;
+            ours.extend(more_ours);
+            theirs.extend(more_theirs);
+            [ours, theirs]
+        })
     }
 
     /// Whether there is a connection, or was when somebody looked last.

@@ -165,6 +165,11 @@ impl Proofs {
         }
     }
 
+    /// Whose proofs this end has shown, and whose it has seen.
+    pub fn met(&self) -> [Vec<SpiffeId>; 2] {
+        [lock(&self.ours).keys().cloned().collect(), lock(&self.theirs).keys().cloned().collect()]
+    }
+
     /// Whether the peer has failed so often that the connection shall end.
     pub fn is_hopeless(&self) -> bool {
         self.failures.load(Ordering::Relaxed) >= MAX_FAILURES

@@ -168,8 +168,15 @@ impl Far {
         let between_nodes = who.node_name().is_some();
         let binding = Binding { exporter: session.exporter, client: settled.leaf.id, server: who };
         let proofs = between_nodes.then(|| Proofs::new(binding, Side::Server));
-        while let Some(Ok((request, respond))) = connection.accept().await {
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
             let proof = proofs.as_ref().and_then(|proofs| self.introduce(proofs, &request));
+            if server::is_introduction(&request) {
+                if let Some(proof) = proof {
+                    server::prove(&mut respond, &proof).unwrap();
+                }
+                server::met(respond);
+                continue;
+            }
             let answers = Arc::clone(&self.answers);
             tokio::spawn(async move {
                 answers.acquire().await.unwrap().forget();
@@ -180,7 +187,6 @@ impl Far {
 
     /// As `inbound::front` does it; what it would refuse stops the test.
     fn introduce(&self, proofs: &Proofs, request: &Request<RecvStream>) -> Option<String> {
-        let asked = server::parse(request).unwrap();
         let said = server::identified(request).unwrap();
         let trust = self.agent.trust.snapshot();
         let roots = self.agent.memory.roots(&trust.bundle, trust.bundle_epoch).unwrap();
@@ -190,10 +196,14 @@ impl Far {
             None => proofs.knows(&source, &trust, &roots, self.agent.memory.now()),
         };
         assert_eq!(theirs.unwrap().leaf.id, source, "the proof is the source's");
-        let destination = workload(self.side, usize::from(asked.authority.port()) - 1);
+        let asked = (!server::is_introduction(request)).then(|| server::parse(request).unwrap());
+        let destination = match &asked {
+            Some(asked) => workload(self.side, usize::from(asked.authority.port()) - 1),
+            None => SpiffeId::parse(said.destination).unwrap(),
+        };
         let shown = said.want.then(|| proofs.show(&trust.svids[&destination]).unwrap().header.clone());
         let mut seen = self.seen.lock().unwrap();
-        seen.pairs.insert((said.source.to_owned(), asked.authority));
+        seen.pairs.extend(asked.map(|asked| (said.source.to_owned(), asked.authority)));
         seen.theirs.extend(said.proof.map(<[u8]>::to_vec));
         seen.ours.extend(shown.clone());
         shown

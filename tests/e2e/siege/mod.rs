@@ -1,5 +1,7 @@
 //! A world whose CA's key is in the wrong hands: what attackers with good certificates start from.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::time::{Duration, SystemTime};
 
 use hauberk::ca::{Ca, ProvenKey};
