@@ -30,7 +30,7 @@ pub enum BundleError {
     },
 }
 
-/// The roots of one trust domain, never empty, and what is revoked.
+/// The roots of one trust domain, and what is revoked. Without roots (see [`TrustBundle::unknown`]) it trusts nobody.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
     domain: TrustDomain,
@@ -50,6 +50,11 @@ impl TrustBundle {
         let bundle = Self { domain, roots, revocations: Arc::default() };
         bundle.anchors()?;
         Ok(bundle)
+    }
+
+    /// For an issuer that has not said yet which roots hold: trusts nobody.
+    pub fn unknown(domain: TrustDomain) -> Self {
+        Self { domain, roots: Vec::new(), revocations: Arc::default() }
     }
 
     /// Reads a PEM file's text.

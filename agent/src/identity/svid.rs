@@ -103,6 +103,26 @@ pub fn validity(der: &[u8]) -> Result<(SystemTime, SystemTime), SvidError> {
     Ok((from_unix(validity.not_before.timestamp()), from_unix(validity.not_after.timestamp())))
 }
 
+/// Takes DER certificates apart that follow one another without anything between, as SPIFFE's APIs send them.
+///
+/// # Errors
+/// When there is anything else.
+pub fn concatenated(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, SvidError> {
+    let mut certificates = Vec::new();
+    while !der.is_empty() {
+        let (rest, _) = X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
+        let (certificate, _) = der.split_at(der.len() - rest.len());
+        certificates.push(CertificateDer::from(certificate.to_vec()));
+        der = rest;
+    }
+    Ok(certificates)
+}
+
+/// Whether a certificate names itself as its issuer, as roots do: such need not be sent to anybody.
+pub fn is_self_issued(der: &[u8]) -> bool {
+    X509Certificate::from_der(der).is_ok_and(|(_, certificate)| certificate.subject() == certificate.issuer())
+}
+
 /// Seconds since the epoch as a time; what lies before 1970 is 1970.
 fn from_unix(seconds: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
