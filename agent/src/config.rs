@@ -109,6 +109,9 @@ pub struct AgentConfig {
     /// of their life is left.
     #[serde(default, rename = "availabilityTargetSeconds", deserialize_with = "some_seconds")]
     pub availability_target: Option<Duration>,
+    /// What other CAs than the authority have revoked.
+    #[serde(default)]
+    pub revocation: RevocationConfig,
     /// For the admin socket and the node's own SVID. Must be on a tmpfs for the latter: keys never
     /// touch a disk.
     #[serde(default = "default_runtime_dir")]
@@ -147,6 +150,28 @@ pub struct DirectoryConfig {
 pub struct PolicyConfig {
     /// A YAML file of AccessPolicy documents; reloaded when it changes.
     pub file: PathBuf,
+}
+
+/// What other CAs than the authority have revoked.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RevocationConfig {
+    /// Certificate revocation lists, one for each issuer.
+    pub crls: Vec<CrlConfig>,
+}
+
+/// A certificate revocation list.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CrlConfig {
+    /// PEM or DER; read again when it changes.
+    pub file: PathBuf,
+    /// PEM certificate of the CA that issues the list, if that is no root of the trust bundle.
+    pub issuer: Option<PathBuf>,
+    /// How long after its nextUpdate a list is still answered by. Default 0: whoever configures a list wants to
+    /// know what is revoked.
+    #[serde(default, rename = "graceSeconds", deserialize_with = "seconds")]
+    pub grace: Duration,
 }
 
 /// What is captured, and how.

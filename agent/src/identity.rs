@@ -4,6 +4,7 @@
 //! reads a certificate, a clock or a file.
 
 pub mod bundle;
+pub mod crl;
 pub mod revocation;
 pub mod svid;
 

@@ -273,6 +273,15 @@ impl Rotator {
         let mut status = self.status.lock();
         let Some(standing) = status.get_mut(&id) else { return };
         match outcome {
+            Ok((svid, _))
+                if count == Issuance::Unchanged && self.trust.snapshot().valid(&id, now).is_none() =>
+            {
+                standing.failures += 1;
+                standing.next = now + backoff(standing.failures, None, None);
+                let serial = &svid.leaf().serial;
+                standing.last_error =
+                    Some(format!("{} still gives serial {serial}, which is revoked", self.issuer.name()));
+            }
             Ok((svid, _)) if count == Issuance::Unchanged => {
                 // Whoever makes its keys itself renews them in its own time; look again, sooner and sooner.
                 let next = renewal(now, svid.leaf().not_after, self.target, fastrand::f64());

@@ -20,6 +20,7 @@ use crate::admin::{self, Readiness, State};
 use crate::balance::Balance;
 use crate::capture::Capture;
 use crate::config::AgentConfig;
+use crate::crls::Keeper;
 use crate::directory::{Live, file};
 use crate::enrol::{Enroller, LOOK_EVERY};
 use crate::identity::SpiffeId;
@@ -70,6 +71,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let domain = &config.trust_domain;
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
+    let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
     let directory = Live::new(file::load(&config.directory.file, domain)?);
     let policies = match &config.policy {
         Some(policy) => {
@@ -126,6 +128,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     serve_admin(&config, admin_listener, &state)?;
 
     tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
+    tokio::spawn(crls.follow());
     tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
     if let Some(policy) = &config.policy {
         tokio::spawn(policies.watch(policy.file.clone()));

@@ -16,6 +16,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("config", &["identity"]),
     ("ca", &["identity"]),
     ("trust", &["identity"]),
+    ("crls", &["config", "identity", "trust"]),
     ("tls", &["identity", "telemetry", "verdict"]),
     ("issue", &["authority", "config", "identity", "tls", "trust", "verdict"]),
     ("authority", &["admin", "ca", "config", "directory", "identity", "issue", "tls"]),
@@ -105,7 +106,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("warm", &["directory", "identity", "issue", "pool", "shard"]),
     ("enrol", &["capture", "config", "deliver", "directory", "inbound", "netns", "pod", "shard", "warm"]),
     ("telemetry", &["identity", "trust", "verdict"]),
-    ("admin", &["capture", "directory", "enrol", "policy", "rotate", "telemetry", "trust"]),
+    ("admin", &["capture", "directory", "enrol", "identity", "policy", "rotate", "telemetry", "trust"]),
     ("check", &["capture", "config", "directory", "identity", "policy", "tls"]),
     (
         "cli",

@@ -12,6 +12,8 @@ use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
 use crate::enrol;
+use crate::identity::bundle::TrustBundle;
+use crate::identity::crl::Listed;
 use crate::policy::Policies;
 use crate::rotate;
 use crate::telemetry::Metrics;
@@ -140,6 +142,8 @@ impl State {
             "warning": warning,
             "roots": trust.bundle.roots().len(),
             "revocations": trust.bundle.revocations().entries().len(),
+            "crls": trust.bundle.crls().0.len(),
+            "crlErrors": crl_errors(&trust.bundle),
             "revocationsGeneration": trust.bundle.revocations().generation(),
         }))
     }
@@ -212,6 +216,15 @@ impl State {
         rows.sort_by_key(|row| row["id"].to_string());
         Page::json(&rows)
     }
+}
+
+/// What is wrong with CRLs, in words.
+fn crl_errors(bundle: &TrustBundle) -> Vec<String> {
+    let fault = |listed: &Listed| {
+        let why = listed.unknown.as_ref().or(listed.fault.as_ref())?;
+        Some(format!("{}: {why}", listed.file))
+    };
+    bundle.crls().0.iter().filter_map(fault).collect()
 }
 
 fn unix(time: SystemTime) -> u64 {

@@ -227,7 +227,7 @@ impl Metrics {
         pods: usize,
     ) -> String {
         let _one_at_a_time = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
-        self.issuance.set(margin);
+        self.issuance.set(margin, trust.bundle.crls());
         self.pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
         self.expiry.reset();
         for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {

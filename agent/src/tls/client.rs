@@ -135,7 +135,8 @@ impl Dial {
             chain.and_then(|chain| chain.split_first()).ok_or(Error::NoCertificatesPresented)?;
         if !resumed {
             // rustls has asked our verifier just now.
-            let leaf = Leaf::from_der(leaf).map_err(|error| Error::General(error.to_string()))?;
+            let leaf =
+                Leaf::from_chain(leaf, intermediates).map_err(|error| Error::General(error.to_string()))?;
             return Ok(Settled { leaf, resumed });
         }
         let now = self.clock.current_time().ok_or(Error::FailedToGetCurrentTime)?;

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
+use hauberk::config::CrlConfig;
 use hauberk::config::issuer::{IssuerConfig, VaultAuth, VaultConfig};
+use hauberk::crls::Keeper;
 use hauberk::identity::SpiffeId;
 use hauberk::identity::bundle::TrustBundle;
 use hauberk::issue::{Issuer, configured};
@@ -182,6 +184,43 @@ async fn vault_signs_by_its_role_and_what_it_will_not_sign_is_told() {
     let stranger = VaultConfig { server_bundle: Some(bao.dir.0.join("stranger.pem")), ..config };
     let error = obtain(&bao.issuer(stranger).0, &web(), &bundle).await.unwrap_err();
     assert!(error.contains("cannot be reached"), "a server of other roots is shown no token: {error}");
+}
+
+#[tokio::test]
+async fn what_vault_revokes_in_its_crl_is_refused_under_its_intermediate() {
+    let bao = Bao::start();
+    let (issuer, trust) = bao.issuer(bao.config(bao.token("mesh")));
+    let rotation = Rotation::start(&trust, &issuer, Some(node()), &bao.dir.0);
+    wait_until("both are held", || rotation.serial(&node()).is_some() && rotation.serial(&web()).is_some())
+        .await;
+    let publish = || {
+        let crl = bao.command(&["read", "-field=certificate", "pki/cert/crl"]).unwrap();
+        bao.dir.write("pki.crl", &crl)
+    };
+    let config = CrlConfig { file: publish(), issuer: None, grace: Duration::ZERO };
+    let without = Keeper::load(std::slice::from_ref(&config), Arc::clone(&trust)).unwrap();
+    let why = trust.snapshot().bundle.crls().0[0].unknown.clone().unwrap();
+    assert!(why.contains("revocation.crls.issuer"), "an intermediate's list needs its certificate: {why}");
+    drop(without);
+    let issuer_file = Some(bao.dir.0.join("intermediate.pem"));
+    let keeper = Keeper::load(&[CrlConfig { issuer: issuer_file, ..config }], Arc::clone(&trust)).unwrap();
+    assert_eq!(trust.snapshot().bundle.crls().0[0].unknown, None);
+    let following = tokio::spawn(keeper.follow());
+    let svid = trust.svid(&web()).unwrap();
+    assert_eq!(trust.snapshot().revoked(svid.leaf()), None);
+    let serial =
+        svid.leaf().serial.as_bytes().chunks(2).map(|two| String::from_utf8_lossy(two)).collect::<Vec<_>>();
+    bao.command(&["write", "pki/revoke", &format!("serial_number={}", serial.join(":"))]).unwrap();
+    publish();
+    let leaves = [svid.leaf()];
+    let revoked = tokio::time::timeout(Duration::from_secs(10), trust.until_revoked(&leaves)).await.unwrap();
+    assert!(!revoked.unknown && revoked.by.contains("pki.crl"), "{revoked}");
+    wait_until("another is asked for at once", || {
+        rotation.serial(&web()) != Some(svid.leaf().serial.clone())
+    })
+    .await;
+    assert_eq!(trust.snapshot().revoked(trust.svid(&web()).unwrap().leaf()), None);
+    following.abort();
 }
 
 /// Answers every TokenReview with the hauberk service account, as an API server would for its token.

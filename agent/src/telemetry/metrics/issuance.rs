@@ -1,10 +1,11 @@
-//! What came of asking for SVIDs, and how long what is held would outlive the issuer.
+//! What came of asking for SVIDs, how long what is held would outlive the issuer, and how CRLs stand.
 
 use std::time::Duration;
 
 use prometheus::{Gauge, IntCounter, IntGauge, Registry};
 
 use super::{counters, register};
+use crate::identity::crl::Crls;
 use crate::verdict::{Issuance as Outcome, IssuerKind};
 
 /// How long the SVID that ends first is still valid, and what was asked for.
@@ -24,6 +25,8 @@ pub(in crate::telemetry) struct Issuance {
     left: Gauge,
     target: Gauge,
     at_risk: IntGauge,
+    crls: IntGauge,
+    crls_unusable: IntGauge,
 }
 
 impl Issuance {
@@ -57,6 +60,14 @@ impl Issuance {
                     "1 while an SVID has less life left than the availability target.",
                 )?,
             )?,
+            crls: register(registry, IntGauge::new("hauberk_crls", "CRLs that are configured.")?)?,
+            crls_unusable: register(
+                registry,
+                IntGauge::new(
+                    "hauberk_crls_unusable",
+                    "CRLs whose file cannot be used now, or that cannot be answered by any more.",
+                )?,
+            )?,
         })
     }
 
@@ -64,7 +75,11 @@ impl Issuance {
         self.asked[issuer as usize * Outcome::ALL.len() + outcome as usize].inc();
     }
 
-    pub(super) fn set(&self, margin: Margin) {
+    pub(super) fn set(&self, margin: Margin, crls: &Crls) {
+        let unusable =
+            crls.0.iter().filter(|listed| listed.unknown.is_some() || listed.fault.is_some()).count();
+        self.crls.set(i64::try_from(crls.0.len()).unwrap_or(i64::MAX));
+        self.crls_unusable.set(i64::try_from(unusable).unwrap_or(i64::MAX));
         self.left.set(margin.left.unwrap_or_default().as_secs_f64());
         self.target.set(margin.target.unwrap_or_default().as_secs_f64());
         self.at_risk.set(margin.at_risk.into());
