@@ -61,7 +61,9 @@ fn path_with_tools() -> Result<std::ffi::OsString, Box<dyn Error>> {
 
 fn build_proto() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let files = protox::compile(["authority.proto"], ["proto"])?;
+    const FILES: [&str; 4] =
+        ["authority.proto", "istio_ca.proto", "spiffe_workload.proto", "spire_delegated_identity.proto"];
+    let files = protox::compile(FILES, ["proto"])?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

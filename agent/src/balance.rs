@@ -209,7 +209,8 @@ mod tests {
             let trust =
                 crate::trust::Trust::new(crate::ca::Ca::from_pem(domain, &pem).unwrap().bundle().clone());
             let policies = crate::telemetry::metrics::PolicyStanding::default();
-            let page = self.metrics.render(&trust.snapshot(), Default::default(), &policies, 0);
+            let page =
+                self.metrics.render(&trust.snapshot(), Default::default(), &policies, Default::default(), 0);
             let line =
                 page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
             line.unwrap_or_else(|| panic!("no {name} in\n{page}"))

@@ -2,6 +2,7 @@
 //!
 //! Unknown fields are errors, so a misspelt one cannot silently mean its default.
 
+pub mod issuer;
 pub mod watch;
 
 use std::net::{IpAddr, SocketAddr};
@@ -12,6 +13,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::identity::TrustDomain;
+use issuer::AuthorityClientConfig;
+pub use issuer::IssuerConfig;
 
 /// A larger file is refused before it is parsed: libyaml is not asked to read what nobody wrote.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -97,8 +100,18 @@ pub struct AgentConfig {
     /// Where access policies are read from. Without it there are none: every identity of the trust
     /// domain may reach every workload.
     pub policy: Option<PolicyConfig>,
+    /// Where SVIDs come from: short for `issuer.authority`.
+    authority: Option<AuthorityClientConfig>,
     /// Where SVIDs come from.
-    pub authority: AuthorityClientConfig,
+    #[serde(default, deserialize_with = "issuer::one")]
+    issuer: Option<IssuerConfig>,
+    /// How long an outage of the issuer the mesh shall outlive: SVIDs are renewed while at least this much
+    /// of their life is left.
+    #[serde(default, rename = "availabilityTargetSeconds", deserialize_with = "some_seconds")]
+    pub availability_target: Option<Duration>,
+    /// What other CAs than the authority have revoked.
+    #[serde(default)]
+    pub revocation: RevocationConfig,
     /// For the admin socket and the node's own SVID. Must be on a tmpfs for the latter: keys never
     /// touch a disk.
     #[serde(default = "default_runtime_dir")]
@@ -139,16 +152,26 @@ pub struct PolicyConfig {
     pub file: PathBuf,
 }
 
-/// How to reach the authority.
+/// What other CAs than the authority have revoked.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RevocationConfig {
+    /// Certificate revocation lists, one for each issuer.
+    pub crls: Vec<CrlConfig>,
+}
+
+/// A certificate revocation list.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct AuthorityClientConfig {
-    /// `host:port` of the authority.
-    pub address: String,
-    /// PEM roots that the authority itself is verified with, before anything else is trusted.
-    pub trust_bundle: PathBuf,
-    /// A file with the single-use join token; needed only until the node has its first SVID.
-    pub join_token: Option<PathBuf>,
+pub struct CrlConfig {
+    /// PEM or DER; read again when it changes.
+    pub file: PathBuf,
+    /// PEM certificate of the CA that issues the list, if that is no root of the trust bundle.
+    pub issuer: Option<PathBuf>,
+    /// How long after its nextUpdate a list is still answered by. Default 0: whoever configures a list wants to
+    /// know what is revoked.
+    #[serde(default, rename = "graceSeconds", deserialize_with = "seconds")]
+    pub grace: Duration,
 }
 
 /// What is captured, and how.
@@ -265,11 +288,33 @@ impl AgentConfig {
     /// # Errors
     /// One line that names file, field and remedy.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = read_yaml(path)?;
+        let mut config: Self = read_yaml(path)?;
         config
-            .validate()
+            .settle_issuer()
+            .and_then(|()| config.validate())
             .map_err(|(field, message)| ConfigError::invalid(path, (field.into(), message.into())))?;
         Ok(config)
+    }
+
+    /// Where SVIDs come from.
+    pub fn issuer(&self) -> &IssuerConfig {
+        // `load` is the only maker, and refuses a file without one.
+        #[expect(clippy::expect_used, reason = "load leaves one there")]
+        self.issuer.as_ref().expect("an issuer")
+    }
+
+    /// One way to say it from here on.
+    fn settle_issuer(&mut self) -> Result<(), (&'static str, &'static str)> {
+        const ONE: &str = "give exactly one of authority, istio, vault, files and spire below it";
+        self.issuer = match (self.authority.take(), self.issuer.take()) {
+            (Some(authority), None) => Some(IssuerConfig::Authority(authority)),
+            (None, Some(issuer)) => Some(issuer),
+            (Some(_), Some(_)) => {
+                return Err(("issuer", "authority: is short for issuer.authority: give one of them"));
+            }
+            (None, None) => return Err(("issuer", ONE)),
+        };
+        self.issuer().validate()
     }
 
     fn validate(&self) -> Result<(), (&'static str, &'static str)> {
@@ -311,6 +356,11 @@ fn default_drain() -> Duration {
 /// Deserialises whole seconds.
 pub(crate) fn seconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
     u64::deserialize(d).map(Duration::from_secs)
+}
+
+/// Deserialises whole seconds, if any are given.
+pub(crate) fn some_seconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+    seconds(d).map(Some)
 }
 
 /// Deserialises whole milliseconds.

@@ -136,7 +136,7 @@ impl Enroller {
     /// After the first round other nodes' agents reach this one, and it reaches out to them.
     fn warm(&mut self) {
         let most = usize::from(self.config.tunnel.warm_nodes);
-        if most == 0 || std::mem::replace(&mut self.warmed, true) {
+        if most == 0 || !self.config.issuer().issues_nodes() || std::mem::replace(&mut self.warmed, true) {
             return;
         }
         // One of the threads makes the first connection to each, which the others resume.
@@ -147,7 +147,7 @@ impl Enroller {
 
     /// Listens at the node's address for other agents, as long as the directory lists it.
     fn serve_node(&mut self, directory: &Directory) {
-        let node = directory.node(&self.config.node);
+        let node = directory.node(&self.config.node).filter(|_| self.config.issuer().issues_nodes());
         let wanted = node.map(|node| SocketAddr::new(node.address, self.config.tunnel.port));
         if wanted == self.front.as_ref().map(|(address, _)| *address) {
             return;

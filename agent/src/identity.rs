@@ -4,6 +4,7 @@
 //! reads a certificate, a clock or a file.
 
 pub mod bundle;
+pub mod crl;
 pub mod revocation;
 pub mod svid;
 
@@ -142,6 +143,12 @@ impl SpiffeId {
         rest.starts_with("sa/").then_some(namespace)
     }
 
+    /// The service account of a workload's identity (`/ns/.../sa/SERVICE_ACCOUNT`).
+    pub fn service_account(&self) -> Option<&str> {
+        let (_, rest) = self.path().strip_prefix("/ns/")?.split_once('/')?;
+        rest.strip_prefix("sa/")
+    }
+
     /// The node's name when this is a node agent's identity.
     pub fn node_name(&self) -> Option<&str> {
         self.path().strip_prefix("/node/").filter(|name| !name.contains('/'))
@@ -198,7 +205,7 @@ mod tests {
         assert_eq!(id.as_str(), "spiffe://cluster.local/ns/shop/sa/cart");
         assert_eq!(id.trust_domain(), "cluster.local");
         assert_eq!(id.path(), "/ns/shop/sa/cart");
-        assert_eq!(id.namespace(), Some("shop"));
+        assert_eq!((id.namespace(), id.service_account()), (Some("shop"), Some("cart")));
         assert_eq!(id.node_name(), None);
         for other in ["spiffe://td/ns/shop", "spiffe://td/ns/shop/x/y", "spiffe://td/x/ns/shop/sa/y"] {
             assert_eq!(SpiffeId::parse(other).expect("valid").namespace(), None, "{other}");

@@ -15,8 +15,8 @@
 //! - [`warm`] has the pool connect to other nodes before anybody needs them;
 //! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
 //!
-//! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], and [`trust`], which is
-//! what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`capacity`],
+//! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], [`crls`], and [`trust`], which
+//! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`capacity`],
 //! [`cli`]. [`run`] alone knows all of them.
 
 // The exceptions are at the kernel boundary, and each says why.
@@ -27,6 +27,7 @@ pub mod verdict;
 
 pub mod authority;
 pub mod ca;
+pub mod crls;
 pub mod identity;
 pub mod issue;
 pub mod rotate;

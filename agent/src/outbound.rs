@@ -228,7 +228,8 @@ fn route(shard: &Shard, pod: &Pod, destination: &Destination) -> Route {
         address: SocketAddr::new(destination.address.ip(), port),
     };
     let directory = shard.directory.load();
-    let node = directory.node(&destination.workload.node).map(|node| shard.between(node));
+    let node = directory.node(&destination.workload.node).filter(|_| shard.node_scope);
+    let node = node.map(|node| shard.between(node));
     Route { workload, node }
 }
 

@@ -1,8 +1,9 @@
 //! Keeps every SVID fresh: when to renew (pure, time is an argument), and the task that does it.
 //!
 //! Renewal begins at half of an SVID's life, give or take a tenth so that a fleet does not ask at
-//! once, and so always before two thirds. A failed renewal keeps what is held and tries again, more
-//! often the less life is left; one that is revoked is renewed at once. Every renewal has a new key.
+//! once, and so always before two thirds; earlier where that keeps the availability target: SVIDs then outlive
+//! an outage of the issuer of that length, whenever it begins. A failed renewal keeps what is held and tries
+//! again, more often the less life is left; one that is revoked is renewed at once. Every renewal has a new key.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +15,11 @@ use tokio::task::JoinSet;
 use crate::identity::SpiffeId;
 use crate::identity::svid::X509Svid;
 use crate::issue::keep::Keep;
-use crate::issue::{IssueError, Issuer, Keypair};
-use crate::trust::Trust;
+use crate::issue::{self, IssueError, Issuer, Keypair, Obtained};
+use crate::telemetry::Observe;
+use crate::telemetry::metrics::Margin;
+use crate::trust::{Snapshot, Trust};
+use crate::verdict::{Issuance, IssuerKind};
 
 /// Requests under way at once: a node with many identities shall not crowd out the others.
 const CONCURRENT: usize = 8;
@@ -56,10 +60,23 @@ impl Status {
     }
 }
 
-/// When an SVID that was obtained at `obtained` is renewed; `chance` is between 0 and 1.
-fn renewal(obtained: SystemTime, not_after: SystemTime, chance: f64) -> SystemTime {
+/// When an SVID that was obtained at `obtained` is renewed; `chance` is between 0 and 1. While `target` is less
+/// than nine tenths of its life, as much is left then.
+fn renewal(obtained: SystemTime, not_after: SystemTime, target: Option<Duration>, chance: f64) -> SystemTime {
     let life = not_after.duration_since(obtained).unwrap_or_default();
-    obtained + life.mul_f64(0.45 + 0.1 * chance.clamp(0.0, 1.0))
+    let chance = chance.clamp(0.0, 1.0);
+    let half = life.mul_f64(0.45 + 0.1 * chance);
+    let spare = target.map_or(life, |target| life.saturating_sub(target));
+    // However short of life, an SVID is not renewed more often than some ten times in it.
+    obtained + half.min(spare.max(life / 10).mul_f64(0.8 + 0.2 * chance))
+}
+
+/// How long what is held outlives the issuer, and whether that is as long as it shall be.
+pub fn margin(held: &Snapshot, target: Option<Duration>, now: SystemTime) -> Margin {
+    let ends = held.svids.values().map(|svid| svid.leaf().not_after).min();
+    let left = ends.map(|end| end.duration_since(now).unwrap_or_default());
+    let at_risk = left.zip(target).is_some_and(|(left, target)| left < target);
+    Margin { left, target, at_risk }
 }
 
 /// How long to wait after `failures` in a row, with `left` of the held SVID's life.
@@ -78,18 +95,29 @@ fn backoff(failures: u32, left: Option<Duration>, asked: Option<Duration>) -> Du
 pub struct Rotator {
     trust: Arc<Trust>,
     issuer: Arc<dyn Issuer>,
-    node: SpiffeId,
+    /// `None` where the issuer issues no identities of nodes.
+    node: Option<SpiffeId>,
     keep: Keep,
+    target: Option<Duration>,
+    observe: Observe,
     status: Arc<Status>,
 }
 
-type Renewed = (SpiffeId, Result<(X509Svid, Keypair), IssueError>);
+type Renewed = (SpiffeId, Result<(X509Svid, Option<Keypair>), IssueError>);
 
 impl Rotator {
-    /// For the node's own identity and the identities of its workloads.
-    pub fn new(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: SpiffeId, keep: Keep) -> Self {
-        take_up(&trust, &keep, &node);
-        Self { trust, issuer, node, keep, status: Arc::default() }
+    /// For the node's own identity, if it has one, and the identities of its workloads. What is held shall
+    /// outlive an outage of `target`.
+    pub fn new(
+        trust: Arc<Trust>,
+        issuer: Arc<dyn Issuer>,
+        node: Option<SpiffeId>,
+        keep: Keep,
+        target: Option<Duration>,
+        observe: Observe,
+    ) -> Self {
+        take_up(&trust, &keep, node.as_ref(), issuer.kind());
+        Self { trust, issuer, node, keep, target, observe, status: Arc::default() }
     }
 
     /// How the SVIDs stand.
@@ -107,10 +135,12 @@ impl Rotator {
         let mut under_way: JoinSet<Renewed> = JoinSet::new();
         let mut asking: HashMap<SpiffeId, ()> = HashMap::new();
         let mut bundles = self.trust.subscribe_bundle();
+        let mut at_risk = false;
         loop {
             let identities = self.identities(&wanted.borrow_and_update());
             self.forget(&identities);
             let now = SystemTime::now();
+            self.tell_of_margin(&mut at_risk, now);
             let sleep = self.ask_for_due(&identities, now, &mut under_way, &mut asking);
             tokio::select! {
                 Some(renewed) = under_way.join_next(), if !under_way.is_empty() => {
@@ -128,15 +158,40 @@ impl Rotator {
                         return;
                     }
                 }
-                Ok(()) = bundles.changed() => self.retry_failed(SystemTime::now()),
+                Ok(()) = bundles.changed() => self.retry(SystemTime::now(), |standing| standing.failures > 0),
+                () = self.issuer.pushed() => self.retry(SystemTime::now(), |_| true),
                 () = tokio::time::sleep(sleep) => {}
             }
         }
     }
 
-    /// With other roots or revocations, what was refused may be granted now.
-    fn retry_failed(&self, now: SystemTime) {
-        for standing in self.status.lock().values_mut().filter(|standing| standing.failures > 0) {
+    /// Says once when what is held would no longer outlive an outage of the target's length, and when it would
+    /// again.
+    fn tell_of_margin(&self, was_at_risk: &mut bool, now: SystemTime) {
+        let margin = margin(&self.trust.snapshot(), self.target, now);
+        if std::mem::replace(was_at_risk, margin.at_risk) == margin.at_risk {
+            return;
+        }
+        let left = margin.left.unwrap_or_default().as_secs();
+        let target = margin.target.unwrap_or_default().as_secs();
+        if margin.at_risk {
+            tracing::warn!(
+                left,
+                target,
+                "an SVID ends sooner than availabilityTargetSeconds: give SVIDs a longer life, or see why the issuer gives none"
+            );
+        } else {
+            tracing::info!(
+                left,
+                target,
+                "what is held outlives an outage of availabilityTargetSeconds again"
+            );
+        }
+    }
+
+    /// With other roots or revocations, what was refused may be granted now; an issuer may have news for all.
+    fn retry(&self, now: SystemTime, which: impl Fn(&Standing) -> bool) {
+        for standing in self.status.lock().values_mut().filter(|standing| which(standing)) {
             // Counted anew: one more refusal shall not put the next try off by minutes.
             standing.failures = 0;
             standing.next = now;
@@ -145,13 +200,14 @@ impl Rotator {
 
     /// The node first: nothing else is issued without it.
     fn identities(&self, wanted: &[SpiffeId]) -> Vec<SpiffeId> {
-        let mut identities = vec![self.node.clone()];
-        identities.extend(wanted.iter().filter(|id| **id != self.node).cloned());
+        let mut identities: Vec<SpiffeId> = self.node.iter().cloned().collect();
+        identities.extend(wanted.iter().filter(|id| Some(*id) != self.node.as_ref()).cloned());
         identities
     }
 
     fn forget(&self, identities: &[SpiffeId]) {
         self.trust.retain(|id| identities.contains(id));
+        self.issuer.retain(identities);
         self.status.lock().retain(|id, _| identities.contains(id));
     }
 
@@ -164,7 +220,7 @@ impl Rotator {
         asking: &mut HashMap<SpiffeId, ()>,
     ) -> Duration {
         let held = self.trust.snapshot();
-        let attested = held.valid(&self.node, now).is_some();
+        let attested = self.node.as_ref().is_none_or(|node| held.valid(node, now).is_some());
         let mut due: Vec<(Option<SystemTime>, SpiffeId)> = Vec::new();
         let mut sleep = LONGEST_SLEEP;
         {
@@ -174,7 +230,7 @@ impl Rotator {
                 let standing = status.entry(id.clone()).or_insert_with(|| Standing {
                     not_after,
                     // What is held was obtained before a restart: its age is not known, so renew soon.
-                    next: not_after.map_or(now, |end| renewal(now, end, fastrand::f64())),
+                    next: not_after.map_or(now, |end| renewal(now, end, self.target, fastrand::f64())),
                     failures: 0,
                     last_error: None,
                 });
@@ -185,7 +241,7 @@ impl Rotator {
                 let is_due = wait.is_zero() || useless && (standing.failures == 0 || wait > LONGEST_BACKOFF);
                 if !is_due {
                     sleep = sleep.min(wait);
-                } else if attested || *id == self.node {
+                } else if attested || Some(id) == self.node.as_ref() {
                     due.push((not_after, id.clone()));
                 } else {
                     sleep = sleep.min(FIRST_BACKOFF);
@@ -202,22 +258,49 @@ impl Rotator {
         sleep.max(Duration::from_millis(10))
     }
 
-    fn take(&self, id: SpiffeId, outcome: Result<(X509Svid, Keypair), IssueError>, now: SystemTime) {
-        let held = self.trust.svid(&id).map(|svid| svid.leaf().not_after);
+    fn take(&self, id: SpiffeId, outcome: Result<(X509Svid, Option<Keypair>), IssueError>, now: SystemTime) {
+        let before = self.trust.svid(&id);
+        let held = before.as_ref().map(|svid| svid.leaf().not_after);
+        let is_held = |svid: &X509Svid| {
+            before.as_ref().is_some_and(|held| held.certified_key().cert == svid.certified_key().cert)
+        };
+        let count = match &outcome {
+            Ok((svid, _)) if is_held(svid) => Issuance::Unchanged,
+            Ok(_) => Issuance::Issued,
+            Err(error) => error.outcome(),
+        };
+        self.observe.asked_issuer(self.issuer.kind(), count);
         let mut status = self.status.lock();
         let Some(standing) = status.get_mut(&id) else { return };
         match outcome {
+            Ok((svid, _))
+                if count == Issuance::Unchanged && self.trust.snapshot().valid(&id, now).is_none() =>
+            {
+                standing.failures += 1;
+                standing.next = now + backoff(standing.failures, None, None);
+                let serial = &svid.leaf().serial;
+                standing.last_error =
+                    Some(format!("{} still gives serial {serial}, which is revoked", self.issuer.name()));
+            }
+            Ok((svid, _)) if count == Issuance::Unchanged => {
+                // Whoever makes its keys itself renews them in its own time; look again, sooner and sooner.
+                let next = renewal(now, svid.leaf().not_after, self.target, fastrand::f64());
+                let not_after = Some(svid.leaf().not_after);
+                let next = next.max(now + FIRST_BACKOFF);
+                *standing = Standing { not_after, next, failures: 0, last_error: None };
+            }
             Ok((svid, key)) => {
                 let not_after = svid.leaf().not_after;
                 tracing::info!(%id, serial = svid.leaf().serial, renewed = held.is_some(), "SVID issued");
-                if id == self.node
+                if Some(&id) == self.node.as_ref()
+                    && let Some(key) = key
                     && let Err(error) = self.keep.save(&svid, &key)
                 {
                     tracing::warn!(%error, "cannot keep the node's SVID; a restarted agent needs a new join token");
                 }
                 *standing = Standing {
                     not_after: Some(not_after),
-                    next: renewal(now, not_after, fastrand::f64()),
+                    next: renewal(now, not_after, self.target, fastrand::f64()),
                     failures: 0,
                     last_error: None,
                 };
@@ -241,7 +324,7 @@ impl Rotator {
 
 /// Takes up what was kept before a restart. Without the revocations that were known then, the SVID
 /// stays where it is: the node attests itself anew, and is told of them in the answer.
-fn take_up(trust: &Trust, keep: &Keep, node: &SpiffeId) {
+fn take_up(trust: &Trust, keep: &Keep, node: Option<&SpiffeId>, issuer: IssuerKind) {
     match keep.load_revocations() {
         Ok(list) => trust.set_revocations(list),
         Err(error) => {
@@ -249,7 +332,15 @@ fn take_up(trust: &Trust, keep: &Keep, node: &SpiffeId) {
             return;
         }
     }
-    if let Some(svid) = keep.load(node, SystemTime::now()) {
+    let Some(node) = node else { return };
+    let now = SystemTime::now();
+    let bundle = &trust.snapshot().bundle;
+    if let Some(svid) = keep.load(node, now) {
+        // Another issuer may have been configured since. The authority alone may have sent roots that are not
+        // in the file yet.
+        if issuer != IssuerKind::Authority && issue::check(&svid, node, bundle, now).is_err() {
+            return;
+        }
         tracing::info!(id = %node, "took up the node's SVID from before the restart");
         trust.insert(svid);
     }
@@ -273,18 +364,17 @@ pub async fn keep_revocations(trust: Arc<Trust>, keep: Keep) {
     }
 }
 
-/// Asks for one SVID with a new key.
+/// Asks for one SVID, and takes the roots that came with it into use.
 async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Renewed {
     let outcome = async {
-        let key = Keypair::generate()?;
-        let issued = issuer.issue(&id, &key.csr()?).await?;
-        let unusable = |detail: String| IssueError::Unusable { issuer: "the issuer".into(), detail };
-        let svid = key.with_chain(issued.chain).map_err(|e| unusable(e.to_string()))?;
-        if *svid.id() != id {
-            return Err(unusable(format!("asked for {id}, was issued {}", svid.id())));
-        }
+        let Obtained { svid, key, bundle } = issuer.obtain(&id).await?;
+        let held = Arc::clone(&trust.snapshot().bundle);
+        issue::check(&svid, &id, bundle.as_ref().unwrap_or(&held), SystemTime::now())
+            .map_err(|detail| IssueError::Unusable { issuer: issuer.name(), detail })?;
         // The roots must be trusted before the SVID that needs them is used.
-        trust.set_bundle(issued.bundle);
+        if let Some(bundle) = bundle {
+            trust.set_bundle(bundle);
+        }
         Ok((svid, key))
     };
     let outcome = outcome.await;
@@ -292,11 +382,9 @@ async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Rene
 }
 
 /// Runs for ever: takes new trust bundles into use as the issuer sends them.
-pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: SpiffeId) {
+pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>) {
     let mut failures = 0;
     loop {
-        // The issuer speaks to attested nodes only.
-        trust.holding(&[&node]).await;
         match issuer.next_bundle().await {
             Ok(bundle) => {
                 failures = 0;
@@ -304,7 +392,11 @@ pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>, node: Spi
             }
             Err(error) => {
                 failures += 1;
-                tracing::debug!(%error, "the trust bundle's stream ended");
+                if matches!(error, IssueError::Unreachable { .. }) {
+                    tracing::debug!(%error, "the trust bundle's stream ended");
+                } else {
+                    tracing::warn!(%error, "no trust bundle; keeping what is held");
+                }
                 // A fleet that lost its authority shall not come back in one instant.
                 let wait = backoff(failures, None, None).min(LONGEST_UNHEARD);
                 tokio::time::sleep(wait.mul_f64(0.5 + 0.5 * fastrand::f64())).await;
@@ -324,8 +416,24 @@ mod tests {
         fn renewal_is_around_half_and_always_before_two_thirds(life in 10u64..1_000_000, chance in 0.0f64..=1.0) {
             let obtained = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
             let life = Duration::from_secs(life);
-            let wait = renewal(obtained, obtained + life, chance).duration_since(obtained).unwrap();
+            let wait = renewal(obtained, obtained + life, None, chance).duration_since(obtained).unwrap();
             prop_assert!(wait >= life.mul_f64(0.44) && wait < life.mul_f64(0.56));
+        }
+
+        #[test]
+        fn as_much_as_the_target_is_left_at_renewal_and_nothing_is_renewed_without_end(
+            life in 10u64..1_000_000, target in 0u64..2_000_000, chance in 0.0f64..=1.0
+        ) {
+            let obtained = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+            let end = obtained + Duration::from_secs(life);
+            let at = renewal(obtained, end, Some(Duration::from_secs(target)), chance);
+            prop_assert!(at <= renewal(obtained, end, None, chance), "never later than without a target");
+            let wait = at.duration_since(obtained).unwrap();
+            prop_assert!(wait >= Duration::from_secs(life).mul_f64(0.08));
+            if target * 10 <= life * 9 {
+                let left = end.duration_since(at).unwrap();
+                prop_assert!(left >= Duration::from_secs(target), "{left:?} left of {life}, target {target}");
+            }
         }
 
         #[test]
@@ -344,6 +452,6 @@ mod tests {
     #[test]
     fn an_expired_svid_is_renewed_at_once() {
         let now = SystemTime::now();
-        assert_eq!(renewal(now, now - Duration::from_secs(5), 0.5), now);
+        assert_eq!(renewal(now, now - Duration::from_secs(5), None, 0.5), now);
     }
 }

@@ -20,12 +20,12 @@ use crate::admin::{self, Readiness, State};
 use crate::balance::Balance;
 use crate::capture::Capture;
 use crate::config::AgentConfig;
+use crate::crls::Keeper;
 use crate::directory::{Live, file};
 use crate::enrol::{Enroller, LOOK_EVERY};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
-use crate::issue::Issuer;
-use crate::issue::authority::AuthorityIssuer;
+use crate::issue;
 use crate::issue::keep::{self, Keep};
 use crate::policy::Policies;
 use crate::rotate::{self, Rotator};
@@ -71,6 +71,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let domain = &config.trust_domain;
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
+    let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
     let directory = Live::new(file::load(&config.directory.file, domain)?);
     let policies = match &config.policy {
         Some(policy) => {
@@ -99,14 +100,17 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let threads = start_threads(&config, &shared, give_back)?;
     let enroller =
         Enroller::new(Arc::clone(&config), Arc::clone(&capture), Arc::clone(&shared.pods), threads);
-    let issuer: Arc<dyn Issuer> = Arc::new(AuthorityIssuer::new(
-        config.authority.address.clone(),
-        config.authority.join_token.clone(),
-        node.clone(),
-        Arc::clone(&trust),
-    ));
+    let issuer = issue::configured(config.issuer(), node.clone(), Arc::clone(&trust));
     let keep = Keep::in_dir(&config.runtime_dir);
-    let rotator = Rotator::new(Arc::clone(&trust), Arc::clone(&issuer), node.clone(), keep);
+    let own = config.issuer().issues_nodes().then(|| node.clone());
+    let rotator = Rotator::new(
+        Arc::clone(&trust),
+        Arc::clone(&issuer),
+        own.clone(),
+        keep,
+        config.availability_target,
+        shared.observe.clone(),
+    );
 
     let readiness = Arc::new(Readiness::new(&CONDITIONS));
     let state = Arc::new(State {
@@ -118,21 +122,23 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
         capture: Arc::clone(&capture),
         enrolled: enroller.status(),
         rotation: rotator.status(),
+        availability_target: config.availability_target,
         readiness: Arc::clone(&readiness),
     });
     serve_admin(&config, admin_listener, &state)?;
 
     tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
+    tokio::spawn(crls.follow());
     tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
     if let Some(policy) = &config.policy {
         tokio::spawn(policies.watch(policy.file.clone()));
     }
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
-    tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer, node.clone()));
+    tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer));
     tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
     tokio::spawn(beat(Arc::clone(&capture)));
     tokio::spawn(log_kernel_events(Arc::clone(&capture)));
-    tokio::spawn(judge_readiness(Arc::clone(&state), node));
+    tokio::spawn(judge_readiness(Arc::clone(&state), own));
     let stop_enrolling = CancellationToken::new();
     let enrolling = enrol_for_ever(enroller, directory, stop_enrolling.clone())?;
 
@@ -177,8 +183,10 @@ fn lock(dir: &Path) -> Result<File> {
 }
 
 fn bundle(config: &AgentConfig) -> Result<TrustBundle> {
-    let path = &config.authority.trust_bundle;
-    let named = || format!("cannot use the trust bundle {} (authority.trustBundle)", path.display());
+    let Some((path, field)) = config.issuer().trust_bundle() else {
+        return Ok(TrustBundle::unknown(config.trust_domain.clone()));
+    };
+    let named = || format!("cannot use the trust bundle {} ({field})", path.display());
     let pem = std::fs::read(path).with_context(named)?;
     TrustBundle::from_pem(config.trust_domain.clone(), &pem).with_context(named)
 }
@@ -198,6 +206,7 @@ fn shared(
     Shared {
         trust: Arc::clone(trust),
         node: node.clone(),
+        node_scope: config.issuer().issues_nodes(),
         directory: Arc::clone(directory),
         pods: Arc::default(),
         balance: Arc::new(Balance::new(config.node.clone(), observe.clone())),
@@ -271,7 +280,7 @@ async fn log_kernel_events(capture: Arc<Capture>) {
     }
 }
 
-async fn judge_readiness(state: Arc<State>, node: SpiffeId) {
+async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
     let mut every = tokio::time::interval(Duration::from_millis(200));
     loop {
         every.tick().await;
@@ -280,7 +289,7 @@ async fn judge_readiness(state: Arc<State>, node: SpiffeId) {
             let error = rotation.get(id).and_then(|standing| standing.last_error.clone());
             format!("{id}: {}", error.unwrap_or_else(|| "not issued yet".into()))
         };
-        let node_missing = state.trust.svid(&node).is_none().then(|| why(&node));
+        let node_missing = node.as_ref().filter(|node| state.trust.svid(node).is_none()).map(why);
         let enrolled = state.enrolled.now();
         let directory = state.directory.load();
         let wanted: Vec<_> = directory.enrolled_on(&state.node).collect();

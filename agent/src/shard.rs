@@ -42,6 +42,8 @@ pub struct Shared {
     pub trust: Arc<Trust>,
     /// This node's agent.
     pub node: SpiffeId,
+    /// Whether that identity is issued, so that agents can speak to each other as nodes.
+    pub node_scope: bool,
     /// Who is where.
     pub directory: Arc<directory::Live>,
     /// This node's enrolled pods.

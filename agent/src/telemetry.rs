@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::identity::SpiffeId;
 use crate::identity::revocation::Revoked;
-use crate::verdict::{Direction, Encryption, Locality, Reason, Unresumed};
+use crate::verdict::{Direction, Encryption, Issuance, IssuerKind, Locality, Reason, Unresumed};
 pub use metrics::Metrics;
 
 /// Which side of a TLS handshake the agent was.
@@ -110,6 +110,11 @@ impl Observe {
     /// A pooled connection was made before a stream needed it, or could not be.
     pub fn ahead(&self, made: bool) {
         self.metrics.ahead(made);
+    }
+
+    /// An issuer was asked for an SVID.
+    pub fn asked_issuer(&self, issuer: IssuerKind, outcome: Issuance) {
+        self.metrics.issuance.asked(issuer, outcome);
     }
 
     /// An endpoint of a service was picked; `again` says that another had failed before.

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
+use crate::identity::crl::Crls;
 use crate::identity::revocation::{Revocations, Revoked};
 use crate::identity::svid::{Leaf, X509Svid};
 
@@ -34,15 +35,17 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Whether this certificate, its identity or its node has been revoked.
+    /// Whether this certificate, its identity or its node has been revoked, or cannot be judged.
     pub fn revoked(&self, leaf: &Leaf) -> Option<Revoked> {
-        self.bundle.revocations().judge(leaf)
+        self.bundle.judge(leaf)
     }
 
-    /// The SVID held for an identity, if it is neither expired nor revoked.
+    /// The SVID held for an identity, if it is neither expired nor revoked. Another would be no better where
+    /// only nobody knows.
     pub fn valid(&self, id: &SpiffeId, now: SystemTime) -> Option<&Arc<X509Svid>> {
         let svid = self.svids.get(id)?;
-        (svid.leaf().not_after > now && self.revoked(svid.leaf()).is_none()).then_some(svid)
+        (svid.leaf().not_after > now && self.revoked(svid.leaf()).is_none_or(|why| why.unknown))
+            .then_some(svid)
     }
 }
 
@@ -133,7 +136,7 @@ impl Trust {
     pub fn set_bundle(&self, bundle: TrustBundle) {
         self.change_bundle(|held| {
             let newest = newer(held.revocations(), bundle.revocations());
-            bundle.with_revocations(newest)
+            bundle.with_revocations(newest).with_crls(Arc::clone(held.crls()))
         });
     }
 
@@ -144,6 +147,11 @@ impl Trust {
             let newest = newer(held.revocations(), &revocations);
             held.clone().with_revocations(newest)
         });
+    }
+
+    /// Takes the CRLs of other CAs into use, in place of those before.
+    pub fn set_crls(&self, crls: Arc<Crls>) {
+        self.change_bundle(|held| held.clone().with_crls(crls));
     }
 
     /// Resolves when one of these certificates is revoked, at once if it is so already.
@@ -218,6 +226,7 @@ mod tests {
             serial: "1".into(),
             not_before: SystemTime::UNIX_EPOCH,
             not_after: SystemTime::now() + Duration::from_secs(3600),
+            chain: Arc::default(),
         }
     }
 

@@ -175,6 +175,40 @@ labels! {
     }
 }
 
+labels! {
+    /// Where SVIDs come from.
+    IssuerKind {
+        /// Hauberk's own authority.
+        Authority = "authority",
+        /// A CA that speaks Istio's protocol.
+        Istio = "istio",
+        /// A PKI engine of Vault.
+        Vault = "vault",
+        /// Files that somebody else writes.
+        Files = "files",
+        /// A SPIRE agent.
+        Spire = "spire",
+    }
+}
+
+labels! {
+    /// What came of asking an issuer for an SVID.
+    Issuance {
+        /// A new one.
+        Issued = "issued",
+        /// The one that is held already.
+        Unchanged = "unchanged",
+        /// The issuer cannot be reached.
+        Unreachable = "unreachable",
+        /// It said no.
+        Refused = "refused",
+        /// Its answer cannot be used.
+        Unusable = "unusable",
+        /// Something is missing or wrong on our side.
+        Failed = "failed",
+    }
+}
+
 impl Reason {
     /// The verdict this reason belongs to.
     pub fn verdict(self) -> Verdict {

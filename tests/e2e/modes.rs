@@ -151,27 +151,3 @@ fn a_service_address_leads_to_its_endpoints() {
     let reset = refused["end"] == "reset" || refused["connect"] == "reset";
     assert!(reset, "a port that the service does not have: {refused}");
 }
-
-#[test]
-fn certificates_rotate_without_closing_a_connection() {
-    let options = Options { svid_seconds: 10, ..Options::default() };
-    let mut world = World::new(options).unwrap();
-    world.pod("client", "n1", Mode::Strict).unwrap();
-    world.pod("server", "n2", Mode::Strict).unwrap();
-    world.start().unwrap();
-    let (client, server) = (world.get("client"), world.get("server"));
-    let mut watch = server.host.actor_server(&["watch", "0.0.0.0:8080"]).unwrap();
-    let _echo = server.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap();
-    let mut hold = client.host.actor_server(&["hold", &server.v4(8080), "1"]).unwrap();
-    assert_eq!(hold.said().unwrap()["alive"], 1);
-    let expiry = |node: &str| {
-        world.agent_ref(node).metric("hauberk_certificate_expiry_timestamp_seconds", &["sa/client"]).unwrap()
-    };
-    let before = expiry("n1");
-    let seen = client.host.actor(&["loop", &server.v4(8081), "16"]).unwrap();
-    assert_eq!(seen["ok"], seen["all"], "every exchange during three renewals: {seen}");
-    assert!(expiry("n1") >= before + 10.0, "the SVID was renewed meanwhile");
-    // The old connection still carries its stream: only now does it end, and cleanly.
-    hold.process.close_stdin();
-    assert_eq!(watch.said().unwrap()["ended"], "end");
-}

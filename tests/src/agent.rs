@@ -40,6 +40,8 @@ impl Mode {
 /// What worlds differ in.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// The agents' issuer, as YAML, instead of the world's authority; `DIR` stands for the node's directory.
+    pub issuer: Option<String>,
     /// How long SVIDs are valid, in seconds.
     pub svid_seconds: u64,
     /// More lines for the agents' configuration.
@@ -55,6 +57,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            issuer: None,
             svid_seconds: 3600,
             agent_yaml: "drainSeconds: 5\n".into(),
             log: "info,access=warn".into(),
@@ -90,8 +93,20 @@ impl Agent {
         if options.policies.is_some() {
             writeln!(config, "policy: {{file: {}}}", directory.with_file_name("policies.yaml").display())?;
         }
-        writeln!(config, "authority:\n  address: {}", crate::world::AUTHORITY)?;
-        writeln!(config, "  trustBundle: {}\n  joinToken: {}/token", bundle.display(), dir.display())?;
+        match &options.issuer {
+            Some(issuer) => {
+                writeln!(config, "issuer: {}", issuer.replace("DIR", &dir.to_string_lossy()))?;
+            }
+            None => {
+                writeln!(config, "authority:\n  address: {}", crate::world::AUTHORITY)?;
+                writeln!(
+                    config,
+                    "  trustBundle: {}\n  joinToken: {}/token",
+                    bundle.display(),
+                    dir.display()
+                )?;
+            }
+        }
         writeln!(config, "runtimeDir: {}/run", dir.display())?;
         writeln!(config, "capture:\n  cgroup: {}\n  bpffs: {}/bpf", cgroup.display(), dir.display())?;
         config.push_str(&options.agent_yaml);

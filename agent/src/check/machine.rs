@@ -113,7 +113,9 @@ fn policies(config: &AgentConfig) -> Option<Found> {
 
 fn trust_bundle(config: &AgentConfig) -> Found {
     const NAME: &str = "trust bundle";
-    let path = &config.authority.trust_bundle;
+    let Some((path, _)) = config.issuer().trust_bundle() else {
+        return Found::ok(NAME, "comes from the issuer");
+    };
     let read = std::fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()));
     let bundle = read.and_then(|pem| {
         TrustBundle::from_pem(config.trust_domain.clone(), &pem)
@@ -121,7 +123,9 @@ fn trust_bundle(config: &AgentConfig) -> Found {
     });
     let bundle = match bundle {
         Ok(bundle) => bundle,
-        Err(error) => return Found::fail(NAME, error, "write it with `hauberk authority bundle`"),
+        Err(error) => {
+            return Found::fail(NAME, error, "an authority's is written by `hauberk authority bundle`");
+        }
     };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let days = bundle

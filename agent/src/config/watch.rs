@@ -10,10 +10,10 @@ use std::time::Duration;
 use super::ConfigError;
 
 /// How often a file is looked at. What it decides must hold within a second.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Tells one state of a file from another. Follows symbolic links, so that a ConfigMap's swap shows.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {
     inode: u64,
     length: u64,

@@ -1,6 +1,6 @@
 //! A trust bundle: the roots of one trust domain, and what of theirs is revoked.
 //!
-//! Both in one value, so that no verifier can be built from roots and forget the revocations.
+//! All in one value, so that no verifier can be built from roots and forget the revocations.
 
 use std::sync::Arc;
 
@@ -9,7 +9,9 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::TrustDomain;
-use super::revocation::Revocations;
+use super::crl::Crls;
+use super::revocation::{Revocations, Revoked};
+use super::svid::Leaf;
 
 /// Why roots are not a usable trust bundle.
 #[derive(Debug, thiserror::Error)]
@@ -30,12 +32,13 @@ pub enum BundleError {
     },
 }
 
-/// The roots of one trust domain, never empty, and what is revoked.
+/// The roots of one trust domain, and what is revoked. Without roots (see [`TrustBundle::unknown`]) it trusts nobody.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
     domain: TrustDomain,
     roots: Vec<CertificateDer<'static>>,
     revocations: Arc<Revocations>,
+    crls: Arc<Crls>,
 }
 
 impl TrustBundle {
@@ -47,9 +50,14 @@ impl TrustBundle {
         if roots.is_empty() {
             return Err(BundleError::Empty);
         }
-        let bundle = Self { domain, roots, revocations: Arc::default() };
+        let bundle = Self { domain, roots, revocations: Arc::default(), crls: Arc::default() };
         bundle.anchors()?;
         Ok(bundle)
+    }
+
+    /// For an issuer that has not said yet which roots hold: trusts nobody.
+    pub fn unknown(domain: TrustDomain) -> Self {
+        Self { domain, roots: Vec::new(), revocations: Arc::default(), crls: Arc::default() }
     }
 
     /// Reads a PEM file's text.
@@ -67,7 +75,23 @@ impl TrustBundle {
         Self { revocations, ..self }
     }
 
-    /// What is revoked.
+    /// The same with these CRLs of other CAs than our authority.
+    #[must_use]
+    pub fn with_crls(self, crls: Arc<Crls>) -> Self {
+        Self { crls, ..self }
+    }
+
+    /// The CRLs of other CAs.
+    pub fn crls(&self) -> &Arc<Crls> {
+        &self.crls
+    }
+
+    /// Whether this certificate is revoked: by our authority's list, or by a CRL of its chain's issuers.
+    pub fn judge(&self, leaf: &Leaf) -> Option<Revoked> {
+        self.revocations.judge(leaf).or_else(|| self.crls.judge(leaf))
+    }
+
+    /// What our authority has revoked.
     pub fn revocations(&self) -> &Arc<Revocations> {
         &self.revocations
     }

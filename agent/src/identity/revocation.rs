@@ -177,9 +177,9 @@ impl Revocation {
     }
 }
 
-/// A certificate that is revoked, and by what.
+/// A certificate that is revoked, and by what; or one that cannot be judged though there is a CRL for it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the certificate of {id} with serial {serial} is revoked, by {by}")]
+#[error("the certificate of {id} with serial {serial} {} {by}", if *unknown { "is refused, as nobody can judge it by" } else { "is revoked, by" })]
 pub struct Revoked {
     /// The certificate's identity.
     pub id: SpiffeId,
@@ -187,6 +187,8 @@ pub struct Revoked {
     pub serial: String,
     /// The entry's subject, in words.
     pub by: String,
+    /// Nobody knows: the CRL for it does not hold any more, or not yet.
+    pub unknown: bool,
 }
 
 /// Everything that is revoked. An empty list of generation 0 says that nothing ever was.
@@ -262,7 +264,12 @@ impl Revocations {
             let serial = Serial::parse(&leaf.serial).ok()?;
             self.entries.get(&Subject::Serial(serial))
         })?;
-        Some(Revoked { id: leaf.id.clone(), serial: leaf.serial.clone(), by: by.subject.to_string() })
+        Some(Revoked {
+            id: leaf.id.clone(),
+            serial: leaf.serial.clone(),
+            by: by.subject.to_string(),
+            unknown: false,
+        })
     }
 
     /// What forbids issuing to this identity on this node an SVID whose validity begins at `begins`.
@@ -372,6 +379,7 @@ mod tests {
             serial: serial.into(),
             not_before: issued - BACKDATED,
             not_after: issued + Duration::from_secs(3600),
+            chain: Arc::default(),
         }
     }
 

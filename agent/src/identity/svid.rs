@@ -12,6 +12,7 @@ use rustls::sign::CertifiedKey;
 use x509_parser::der_parser::{Oid, oid};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use super::crl::CertificateId;
 use super::{ParseError, SpiffeId};
 
 /// Why a certificate is not a usable X.509-SVID.
@@ -53,6 +54,8 @@ pub struct Leaf {
     pub not_before: SystemTime,
     /// End of validity.
     pub not_after: SystemTime,
+    /// What names it and the certificates above it to whoever revokes them.
+    pub chain: Arc<[CertificateId]>,
 }
 
 impl Leaf {
@@ -61,6 +64,14 @@ impl Leaf {
     /// # Errors
     /// When the bytes are not X.509, or break a rule of the X509-SVID specification.
     pub fn from_der(der: &[u8]) -> Result<Self, SvidError> {
+        Self::from_chain(der, &[])
+    }
+
+    /// The same with the certificates that stand above it.
+    ///
+    /// # Errors
+    /// As [`Leaf::from_der`], and when one of those is not X.509.
+    pub fn from_chain(der: &[u8], above: &[CertificateDer<'_>]) -> Result<Self, SvidError> {
         let (_, certificate) =
             X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
         if certificate.is_ca() {
@@ -83,12 +94,19 @@ impl Leaf {
         let host = certificate.subject().iter_attributes().find(|a| *a.attr_type() == HOST);
         let node = id.node_name().or_else(|| host?.as_str().ok()).map(Arc::from);
         let validity = certificate.validity();
+        let mut chain = vec![CertificateId::of(&certificate)];
+        for der in above {
+            let (_, above) =
+                X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
+            chain.push(CertificateId::of(&above));
+        }
         Ok(Self {
             id,
             node,
             serial: format!("{:x}", certificate.serial),
             not_before: from_unix(validity.not_before.timestamp()),
             not_after: from_unix(validity.not_after.timestamp()),
+            chain: chain.into(),
         })
     }
 }
@@ -103,8 +121,28 @@ pub fn validity(der: &[u8]) -> Result<(SystemTime, SystemTime), SvidError> {
     Ok((from_unix(validity.not_before.timestamp()), from_unix(validity.not_after.timestamp())))
 }
 
+/// Takes DER certificates apart that follow one another without anything between, as SPIFFE's APIs send them.
+///
+/// # Errors
+/// When there is anything else.
+pub fn concatenated(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, SvidError> {
+    let mut certificates = Vec::new();
+    while !der.is_empty() {
+        let (rest, _) = X509Certificate::from_der(der).map_err(|e| SvidError::Malformed(e.to_string()))?;
+        let (certificate, _) = der.split_at(der.len() - rest.len());
+        certificates.push(CertificateDer::from(certificate.to_vec()));
+        der = rest;
+    }
+    Ok(certificates)
+}
+
+/// Whether a certificate names itself as its issuer, as roots do: such need not be sent to anybody.
+pub fn is_self_issued(der: &[u8]) -> bool {
+    X509Certificate::from_der(der).is_ok_and(|(_, certificate)| certificate.subject() == certificate.issuer())
+}
+
 /// Seconds since the epoch as a time; what lies before 1970 is 1970.
-fn from_unix(seconds: i64) -> SystemTime {
+pub(super) fn from_unix(seconds: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 
@@ -125,7 +163,8 @@ impl X509Svid {
         chain: Vec<CertificateDer<'static>>,
         key: Arc<dyn rustls::sign::SigningKey>,
     ) -> Result<Self, SvidError> {
-        let leaf = Leaf::from_der(chain.first().ok_or(SvidError::Empty)?)?;
+        let (leaf, above) = chain.split_first().ok_or(SvidError::Empty)?;
+        let leaf = Leaf::from_chain(leaf, above)?;
         let certified = CertifiedKey::new(chain, key);
         certified.keys_match()?;
         static GENERATIONS: AtomicU64 = AtomicU64::new(1);

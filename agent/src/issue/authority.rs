@@ -6,15 +6,14 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::net::TcpStream;
+use rustls::pki_types::CertificateDer;
 use tokio::sync::Mutex;
-use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 
-use super::{IssueError, Issued, Issuer};
+use super::grpc::{self, CALL_TIMEOUT};
+use super::{IssueError, Issued, Signer};
 use crate::authority::proto::authority_client::AuthorityClient;
 use crate::authority::proto::{AttestRequest, Bundle, IssueRequest, Svid, WatchBundleRequest};
 use crate::authority::wire;
@@ -22,9 +21,8 @@ use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::tls;
 use crate::trust::Trust;
+use crate::verdict::IssuerKind;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 /// A silent authority is found out in this time, twice: revocations must not wait for a dead connection.
 const KEEPALIVE: Duration = Duration::from_secs(5);
 
@@ -69,7 +67,10 @@ impl AuthorityIssuer {
         let config = config.map_err(|e| IssueError::Ours(e.to_string()))?;
         let connector = TlsConnector::from(config);
         let address = self.address.clone();
-        let connect = move |_: Uri| connect(connector.clone(), address.clone());
+        let connect = move |_: Uri| {
+            let (connector, address) = (connector.clone(), address.clone());
+            async move { grpc::connect(connector, address, None).await.map(TokioIo::new) }
+        };
         // The URI only fills HTTP's place; the connector dials the configured address.
         let endpoint = Endpoint::from_static("http://authority.hauberk")
             .timeout(CALL_TIMEOUT)
@@ -112,7 +113,7 @@ impl AuthorityIssuer {
     fn issued(&self, svid: Svid) -> Result<Issued, IssueError> {
         let bundle = svid.bundle.ok_or_else(|| self.unusable("an answer without a trust bundle"))?;
         let chain = svid.chain.into_iter().map(CertificateDer::from).collect();
-        Ok(Issued { chain, bundle: self.bundle(bundle)? })
+        Ok(Issued { chain, bundle: Some(self.bundle(bundle)?) })
     }
 
     fn bundle(&self, bundle: Bundle) -> Result<TrustBundle, IssueError> {
@@ -134,6 +135,8 @@ impl AuthorityIssuer {
     }
 
     async fn bundle_from_stream(&self) -> Result<TrustBundle, IssueError> {
+        // The authority speaks to attested nodes only.
+        self.trust.holding(&[&self.node]).await;
         let mut held = self.bundles.lock().await;
         if held.is_none() {
             let answer = self.client().await?.watch_bundle(WatchBundleRequest {}).await;
@@ -156,65 +159,29 @@ impl AuthorityIssuer {
         }
     }
 
-    fn name(&self) -> String {
-        format!("the authority at {}", self.address)
-    }
-
     fn unusable(&self, detail: &str) -> IssueError {
         IssueError::Unusable { issuer: self.name(), detail: detail.to_owned() }
     }
 
     fn failed(&self, status: &Status) -> IssueError {
-        let issuer = self.name();
-        match status.code() {
-            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
-                IssueError::Unreachable { issuer, detail: with_causes(status) }
-            }
-            _ => {
-                let retry_after = status
-                    .metadata()
-                    .get("retry-after")
-                    .and_then(|seconds| seconds.to_str().ok()?.parse().ok())
-                    .map(Duration::from_secs);
-                IssueError::Refused { issuer, detail: status.message().to_owned(), retry_after }
-            }
-        }
+        grpc::failed(self.name(), status, "")
     }
 }
 
-impl Issuer for AuthorityIssuer {
-    fn issue<'a>(&'a self, id: &'a SpiffeId, csr: &'a [u8]) -> BoxFuture<'a, Result<Issued, IssueError>> {
+impl Signer for AuthorityIssuer {
+    fn kind(&self) -> IssuerKind {
+        IssuerKind::Authority
+    }
+
+    fn name(&self) -> String {
+        format!("the authority at {}", self.address)
+    }
+
+    fn sign<'a>(&'a self, id: &'a SpiffeId, csr: &'a [u8]) -> BoxFuture<'a, Result<Issued, IssueError>> {
         Box::pin(self.ask(id, csr))
     }
 
     fn next_bundle(&self) -> BoxFuture<'_, Result<TrustBundle, IssueError>> {
         Box::pin(self.bundle_from_stream())
     }
-}
-
-type Io = TokioIo<tokio_rustls::client::TlsStream<TcpStream>>;
-
-async fn connect(connector: TlsConnector, address: String) -> std::io::Result<Io> {
-    let dial = async {
-        let tcp = TcpStream::connect(&address).await?;
-        tcp.set_nodelay(true)?;
-        // Verified by SPIFFE ID; the name only fills the API's place.
-        let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
-        connector.connect(name, tcp).await
-    };
-    match timeout(CONNECT_TIMEOUT, dial).await {
-        Ok(connected) => connected.map(TokioIo::new),
-        Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
-    }
-}
-
-/// A status's message and what caused it: the innermost cause is the one that helps.
-fn with_causes(status: &Status) -> String {
-    let mut text = status.message().to_owned();
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -18,7 +18,7 @@ use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::Keypair;
+use super::{Keypair, pem};
 use crate::identity::SpiffeId;
 use crate::identity::revocation::Revocations;
 use crate::identity::svid::X509Svid;
@@ -59,20 +59,12 @@ impl Keep {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, svid: &X509Svid, key: &Keypair) -> io::Result<()> {
-        use base64::Engine;
         if !self.in_memory {
             return Ok(());
         }
         let mut text = String::new();
         for certificate in &svid.certified_key().cert {
-            let body = base64::engine::general_purpose::STANDARD.encode(certificate);
-            text.push_str("-----BEGIN CERTIFICATE-----\n");
-            // PEM lines have 64 characters (RFC 7468, section 2); base64 is ASCII.
-            for line in body.as_bytes().chunks(64) {
-                text.push_str(&String::from_utf8_lossy(line));
-                text.push('\n');
-            }
-            text.push_str("-----END CERTIFICATE-----\n");
+            text.push_str(&pem("CERTIFICATE", certificate));
         }
         text.push_str(&key.to_pem());
         replace(&self.path, text.as_bytes()).map(drop)

@@ -5,6 +5,7 @@
 //! policies have an open label, and their number is capped.
 
 mod balance;
+mod issuance;
 mod policy;
 
 use std::sync::{Mutex, PoisonError};
@@ -21,6 +22,8 @@ use super::{Finished, Role};
 use crate::trust::Snapshot;
 use crate::verdict::{Direction, Encryption, Reason, Unresumed};
 use balance::Balance;
+use issuance::Issuance;
+pub use issuance::Margin;
 pub use policy::{Counts as PolicyCounts, Standing as PolicyStanding};
 
 /// Most certificates that have a series of their own.
@@ -67,6 +70,7 @@ pub struct Metrics {
     connections: Connections,
     handshakes: Handshakes,
     pub(super) balance: Balance,
+    pub(super) issuance: Issuance,
     pool: IntGauge,
     /// Failed, made.
     ahead: [IntCounter; 2],
@@ -127,6 +131,7 @@ impl Metrics {
             connections: Connections::new(&registry)?,
             handshakes: Handshakes::new(&registry)?,
             balance: Balance::new(&registry)?,
+            issuance: Issuance::new(&registry)?,
             pool: register(
                 &registry,
                 IntGauge::new("hauberk_pool_connections", "Pooled connections to peers.")?,
@@ -218,9 +223,11 @@ impl Metrics {
         trust: &Snapshot,
         kernel: [u64; VERDICT_COUNT as usize],
         policies: &PolicyStanding<'_>,
+        margin: Margin,
         pods: usize,
     ) -> String {
         let _one_at_a_time = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
+        self.issuance.set(margin, trust.bundle.crls());
         self.pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
         self.expiry.reset();
         for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {
@@ -460,7 +467,13 @@ mod tests {
             metrics.finished(&record, false);
             metrics.handshake_failed(Role::Server, Duration::ZERO, *reason);
         }
-        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], &PolicyStanding::default(), 3);
+        let page = metrics.render(
+            &snapshot(),
+            [0; VERDICT_COUNT as usize],
+            &PolicyStanding::default(),
+            Margin::default(),
+            3,
+        );
         for reason in Reason::ALL {
             let line = format!(
                 "hauberk_connections_total{{direction=\"inbound\",encryption=\"none\",reason=\"{}\",verdict=\"{}\"}} 1",
@@ -487,7 +500,13 @@ mod tests {
             metrics.unresumed(Role::Server, *why);
         }
         metrics.chain(true);
-        let page = metrics.render(&snapshot(), [0; VERDICT_COUNT as usize], &PolicyStanding::default(), 0);
+        let page = metrics.render(
+            &snapshot(),
+            [0; VERDICT_COUNT as usize],
+            &PolicyStanding::default(),
+            Margin::default(),
+            0,
+        );
         let count = "hauberk_tls_handshakes_total{kind=";
         for (kind, times) in [("full", 1), ("resumed", 2)] {
             let line = format!("{count}\"{kind}\",outcome=\"ok\",reason=\"\",role=\"client\"}} {times}");

@@ -7,12 +7,13 @@
 use std::sync::Arc;
 
 use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, Tls12Resumption};
+use rustls::client::{Resumption, Tls12Resumption, WebPkiServerVerifier};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::SingleCertAndKey;
 use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
-use rustls::{ClientConfig, Error, HandshakeKind};
+use rustls::{ClientConfig, Error, HandshakeKind, RootCertStore};
 
 use super::Settled;
 use super::provider::provider;
@@ -38,6 +39,28 @@ pub fn config(svid: &X509Svid, bundle: &TrustBundle, expected: SpiffeId) -> Resu
 /// When the bundle's roots are unusable.
 pub fn anonymous(bundle: &TrustBundle, expected: SpiffeId) -> Result<Arc<ClientConfig>, Error> {
     Ok(Arc::new(build(None, PeerVerifier::new(bundle, Some(expected))?)?))
+}
+
+/// Dials as nobody a server of the common Web PKI's kind, which is verified by its host's name under these PEM
+/// roots.
+///
+/// # Errors
+/// When the roots are unusable.
+pub fn named(roots: &[u8], alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
+    let mut store = RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(roots) {
+        store.add(root.map_err(|e| Error::General(format!("not PEM: {e}")))?)?;
+    }
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(store), provider())
+        .build()
+        .map_err(|e| Error::General(e.to_string()))?;
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_webpki_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.resumption = Resumption::disabled();
+    Ok(Arc::new(config))
 }
 
 fn build(svid: Option<&X509Svid>, verifier: Arc<dyn ServerCertVerifier>) -> Result<ClientConfig, Error> {
@@ -112,7 +135,8 @@ impl Dial {
             chain.and_then(|chain| chain.split_first()).ok_or(Error::NoCertificatesPresented)?;
         if !resumed {
             // rustls has asked our verifier just now.
-            let leaf = Leaf::from_der(leaf).map_err(|error| Error::General(error.to_string()))?;
+            let leaf =
+                Leaf::from_chain(leaf, intermediates).map_err(|error| Error::General(error.to_string()))?;
             return Ok(Settled { leaf, resumed });
         }
         let now = self.clock.current_time().ok_or(Error::FailedToGetCurrentTime)?;

@@ -18,7 +18,7 @@ use super::provider::provider;
 use super::verify::Misidentified;
 use crate::identity::TrustDomain;
 use crate::identity::bundle::TrustBundle;
-use crate::identity::revocation::{Revocations, Revoked};
+use crate::identity::revocation::Revoked;
 use crate::identity::svid::{Leaf, SvidError, validity};
 use crate::telemetry::Observe;
 
@@ -51,11 +51,10 @@ pub struct Verified {
 /// The roots of one trust bundle.
 #[derive(Debug)]
 pub struct Roots {
-    domain: TrustDomain,
     anchors: RootCertStore,
     pub(super) algorithms: WebPkiSupportedAlgorithms,
     digest: Digest,
-    revocations: Arc<Revocations>,
+    bundle: TrustBundle,
     chains: Mutex<Bounded<Digest, Arc<Verified>>>,
     observe: Option<Observe>,
 }
@@ -71,11 +70,10 @@ impl Roots {
         roots.sort_unstable();
         let parts: Vec<&[u8]> = [bundle.domain().as_str().as_bytes()].into_iter().chain(roots).collect();
         Ok(Arc::new(Self {
-            domain: bundle.domain().clone(),
             anchors,
             algorithms: provider().signature_verification_algorithms,
             digest: digest(&parts),
-            revocations: Arc::clone(bundle.revocations()),
+            bundle: bundle.clone(),
             chains: Mutex::new(Bounded::new(MAX_CHAINS)),
             observe,
         }))
@@ -83,7 +81,7 @@ impl Roots {
 
     /// The trust domain.
     pub fn domain(&self) -> &TrustDomain {
-        &self.domain
+        self.bundle.domain()
     }
 
     /// Names the roots by their content: the same in every agent, and over restarts.
@@ -94,7 +92,7 @@ impl Roots {
     /// Whether this certificate, its identity or its node has been revoked. Not part of the digest:
     /// a revocation concerns those it names, and a session of theirs is judged whenever it resumes.
     pub fn revoked(&self, leaf: &Leaf) -> Option<Revoked> {
-        self.revocations.judge(leaf)
+        self.bundle.judge(leaf)
     }
 
     /// Whether the chain leads to a root now, and its leaf is an X.509-SVID (X509-SVID, section 5.1).
@@ -144,7 +142,7 @@ impl Roots {
             let other = OtherError(Arc::new(Misidentified::NotAnSvid(e)));
             Error::InvalidCertificate(CertificateError::Other(other))
         };
-        let parsed = Leaf::from_der(leaf).map_err(not_an_svid)?;
+        let parsed = Leaf::from_chain(leaf, intermediates).map_err(not_an_svid)?;
         let (mut from, mut until) = (parsed.not_before, parsed.not_after);
         for intermediate in intermediates {
             let (begins, ends) = validity(intermediate).map_err(not_an_svid)?;

@@ -352,7 +352,8 @@ impl Judged {
         if judged != chain {
             return Err(Error::General("the peer's certificates are not those that were judged".into()));
         }
-        let leaf = Leaf::from_der(&chain[0]).map_err(|error| Error::General(error.to_string()))?;
+        let leaf =
+            Leaf::from_chain(&chain[0], &chain[1..]).map_err(|error| Error::General(error.to_string()))?;
         Ok(Settled { leaf, resumed })
     }
 

@@ -1,0 +1,66 @@
+//! What all issuers that are asked over the network share: connecting, and errors in our words.
+
+use std::io;
+use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::{Code, Status};
+
+use super::IssueError;
+
+/// TCP and TLS together.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For an answer.
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Connects to `address` (`host:port`). `None` for a server that is verified by its SPIFFE ID.
+pub(super) async fn connect(
+    connector: TlsConnector,
+    address: String,
+    name: Option<ServerName<'static>>,
+) -> io::Result<TlsStream<TcpStream>> {
+    let dial = async {
+        let tcp = TcpStream::connect(&address).await?;
+        tcp.set_nodelay(true)?;
+        // Without a name of its own, the address only fills the API's place.
+        let name = match name {
+            Some(name) => name,
+            None => ServerName::IpAddress(tcp.peer_addr()?.ip().into()),
+        };
+        connector.connect(name, tcp).await
+    };
+    timeout(CONNECT_TIMEOUT, dial).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// A gRPC status as an error of `issuer`; `hint` says what an operator does about a refusal.
+pub(super) fn failed(issuer: String, status: &Status, hint: &str) -> IssueError {
+    match status.code() {
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
+            IssueError::Unreachable { issuer, detail: with_causes(status) }
+        }
+        _ => {
+            let retry_after = status
+                .metadata()
+                .get("retry-after")
+                .and_then(|seconds| seconds.to_str().ok()?.parse().ok())
+                .map(Duration::from_secs);
+            let detail = format!("{}{hint}", status.message());
+            IssueError::Refused { issuer, detail, retry_after }
+        }
+    }
+}
+
+/// A status's message and what caused it: the innermost cause is the one that helps.
+fn with_causes(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
