@@ -8,8 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::identity::TrustDomain;
 
@@ -93,6 +93,7 @@ pub struct AgentConfig {
     /// The trust domain every local identity is in.
     pub trust_domain: TrustDomain,
     /// Where workloads are known from.
+    #[serde(with = "serde_yaml::with::singleton_map")]
     pub directory: DirectoryConfig,
     /// Where access policies are read from. Without it there are none: every identity of the trust
     /// domain may reach every workload.
@@ -123,12 +124,47 @@ pub struct AgentConfig {
     pub drain: Duration,
 }
 
-/// Where workloads are known from.
+/// Where workloads are known from: exactly one of these.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct DirectoryConfig {
+#[serde(rename_all = "camelCase")]
+pub enum DirectoryConfig {
     /// A YAML file; reloaded when it changes.
-    pub file: PathBuf,
+    File(PathBuf),
+    /// The API server of the cluster.
+    Kubernetes(KubernetesConfig),
+}
+
+/// Which cluster, and who in it is in the mesh.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct KubernetesConfig {
+    /// How to reach the API server. Default: as a pod does, with its service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The mode of pods without a label, in namespaces without one. Default off: whoever installs this
+    /// labels what shall be in the mesh, and cuts nobody off by installing it.
+    pub default_mode: Mode,
+    /// Namespaces whose pods are never in the mesh. Default: `kube-system`, which the cluster needs to come
+    /// up, and the agent's own.
+    pub excluded_namespaces: Option<Vec<String>>,
+}
+
+impl Default for KubernetesConfig {
+    fn default() -> Self {
+        Self { kubeconfig: None, default_mode: Mode::Off, excluded_namespaces: None }
+    }
+}
+
+/// How a workload's plaintext is treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Only mutual TLS, in both directions; plaintext is refused.
+    #[default]
+    Strict,
+    /// Mutual TLS with mesh members; plaintext from outside is accepted and counted.
+    Permissive,
+    /// Not part of the mesh.
+    Off,
 }
 
 /// Where access policies are read from.
