@@ -96,7 +96,8 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
         "the true client"
     );
     assert!(world.agent_ref("n1").metric("hauberk_connections_total", &["mtls", "outbound"]).unwrap() >= 3.0);
-    drop(tap);
+    let seen = tap.finish().unwrap();
+    assert!(seen.tls_records > 0 && seen.plaintext_bytes == 0, "{:?}", seen.plaintext_flows);
 
     // Not ready: it serves no more. Terminating and alone: it serves again.
     slice(&mut world, "one", 8080, json!({"ready": false}));

@@ -4,7 +4,7 @@
 //! without any module proxy. Later than that it serves no EndpointSlice v1, which the agent copes with.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -41,15 +41,12 @@ pub(super) fn install() -> Result<()> {
     fs::create_dir_all(&dir)?;
     let suite = Suite::read(&dir, "deb-src", SUITE)?;
     shell::run(suite.apt(&["source", "--download-only", "kubernetes"]))?;
-    let description = fs::read_dir(&dir)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|e| e == "dsc"))
-        .context("apt-get source left no .dsc file")?;
+    let description = file_with(&dir, "dsc").context("apt-get source left no .dsc file")?;
     let tree = dir.join("tree");
     let mut unpack = command("dpkg-source", &["-x".as_ref(), description.as_os_str(), tree.as_os_str()]);
     unpack.current_dir(&dir);
     shell::run(unpack)?;
+    renew_reflection(&dir, &tree)?;
     build(&tree)?;
     let built = tree.join("_output/bin/kube-apiserver");
     let built = if built.exists() { built } else { tree.join("_output/local/go/bin/kube-apiserver") };
@@ -61,7 +58,28 @@ pub(super) fn install() -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-fn build(tree: &std::path::Path) -> Result<()> {
+/// Puts Debian's own version of a vendored library in its place: the vendored one reads maps in the manner of
+/// Go before 1.18, and with a later Go corrupts memory.
+fn renew_reflection(dir: &Path, tree: &Path) -> Result<()> {
+    const PACKAGE: &str = "golang-github-modern-go-reflect2-dev";
+    let renewed = dir.join("reflect2");
+    fs::create_dir_all(&renewed)?;
+    let suite = Suite::read(&renewed, "deb", SUITE)?;
+    shell::run(suite.apt(&["download", PACKAGE]))?;
+    let package = file_with(&renewed, "deb").context("apt-get download left no package")?;
+    shell::run(command("dpkg", &["-x".as_ref(), package.as_os_str(), renewed.as_os_str()]))?;
+    let from = renewed.join("usr/share/gocode/src/github.com/modern-go/reflect2");
+    let to = tree.join("vendor/github.com/modern-go/reflect2");
+    fs::remove_dir_all(&to)?;
+    shell::run(command("cp", &["-rL".as_ref(), from.as_os_str(), to.as_os_str()]))
+}
+
+fn file_with(dir: &Path, extension: &str) -> Option<PathBuf> {
+    let mut paths = fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path());
+    paths.find(|path| path.extension().is_some_and(|e| e == extension))
+}
+
+fn build(tree: &Path) -> Result<()> {
     // The makefile wants a Go path, and a version that it cannot ask git for.
     let links = tree.join(".go/src/k8s.io");
     fs::create_dir_all(&links)?;

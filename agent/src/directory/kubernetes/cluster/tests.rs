@@ -146,7 +146,7 @@ fn a_namespaces_label_that_changes_or_goes_changes_its_pods() {
     let mut plain = pod("a", "10.1.0.1", json!({}));
     plain.1["metadata"]["labels"] = json!(null);
     let mut cluster = cluster([namespace("shop", Some("strict")), plain]);
-    let mut mode = |cluster: &mut Cluster| cluster.directory().workloads().next().unwrap().mode;
+    let mode = |cluster: &mut Cluster| cluster.directory().workloads().next().unwrap().mode;
     assert_eq!(mode(&mut cluster), Mode::Strict);
     let (kind, object) = namespace("shop", None);
     cluster.update(apply(kind, object.clone())).unwrap();
