@@ -91,7 +91,7 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     soon("both endpoints answer at their own ports", || answers(&world, "one", 8080));
     soon("both endpoints answer at their own ports", || answers(&world, "two", 9090));
     assert_eq!(
-        ask(&world).unwrap()["peer"].as_str().unwrap().split(':').next(),
+        ask(&world).unwrap()["accept"].as_str().unwrap().split(':').next(),
         Some("10.1.1.2"),
         "the true client"
     );
