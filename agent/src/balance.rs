@@ -231,6 +231,18 @@ mod tests {
     }
 
     impl Bench {
+        /// With affinity of clients.
+        pub(super) fn sticky(endpoints: &[(&str, &str)], timeout: Duration) -> Self {
+            let mut bench = Self::new(endpoints);
+            let Ok(Resolved::Service(to)) = bench.directory.resolve("10.96.0.1:80".parse().unwrap()) else {
+                panic!("it is a service's address");
+            };
+            bench.directory.remove_service(&to.service);
+            let service = Service { affinity: Some(timeout), ..(*to.service).clone() };
+            bench.directory.insert_service(service.into());
+            bench
+        }
+
         pub(super) fn new(endpoints: &[(&str, &str)]) -> Self {
             let metrics = Arc::new(Metrics::new().unwrap());
             let balance = Balance::new("n1".into(), Observe::new(Arc::clone(&metrics)));

@@ -353,3 +353,34 @@ pub(crate) fn seconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration
 pub(crate) fn milliseconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
     u64::deserialize(d).map(Duration::from_millis)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Holder {
+        #[serde(with = "serde_yaml::with::singleton_map")]
+        directory: DirectoryConfig,
+    }
+
+    fn parse(text: &str) -> Result<DirectoryConfig, String> {
+        serde_yaml::from_str::<Holder>(text).map(|it| it.directory).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_directory_is_a_file_or_a_cluster_and_not_both_or_neither() {
+        assert!(matches!(parse("directory: {file: /d.yaml}"), Ok(DirectoryConfig::File(_))));
+        let defaults = parse("directory: {kubernetes: {}}").unwrap();
+        let DirectoryConfig::Kubernetes(cluster) = defaults else { panic!("{defaults:?}") };
+        assert_eq!((cluster.default_mode, cluster.kubeconfig), (Mode::Off, None));
+        for bad in [
+            "directory: {file: /d.yaml, kubernetes: {}}",
+            "directory: {}",
+            "directory: {kubernetes: {defaultMode: Strict}}",
+            "directory: {kubernetes: {kubeconfi: x}}",
+        ] {
+            parse(bad).expect_err(bad);
+        }
+    }
+}

@@ -334,6 +334,33 @@ mod tests {
         assert_eq!(bench.metric("hauberk_balance_ejections_total"), "0");
     }
 
+    #[test]
+    fn a_sticky_service_sends_a_client_to_the_same_endpoint_while_that_is_well_and_the_client_comes() {
+        let mut now = Instant::now();
+        let endpoints: Vec<_> = ["a", "b", "c", "d", "e"].into_iter().map(|name| (name, "n3")).collect();
+        let bench = Bench::sticky(&endpoints, Duration::from_secs(60));
+        let first = name(&bench.pick(now));
+        for _ in 0..50 {
+            now += Duration::from_secs(59);
+            assert_eq!(name(&bench.pick(now)), first, "each connection begins the time anew");
+        }
+        // Another one for whoever comes too late: the same by chance at most.
+        let mut met: Vec<_> = (0..50)
+            .map(|_| {
+                now += Duration::from_secs(60);
+                name(&bench.pick(now))
+            })
+            .collect();
+        met.sort();
+        met.dedup();
+        assert!(met.len() > 1, "{met:?}");
+        // One that fails is left, and the client stays where it came to.
+        let stuck = name(&bench.pick(now));
+        let moved = connect(&bench, now, &|name| name == stuck).unwrap();
+        assert_ne!(moved, stuck);
+        assert_eq!(connect(&bench, now, &|_| false), Some(moved));
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Open,

@@ -329,6 +329,36 @@ services:
     }
 
     #[test]
+    fn endpoints_may_differ_in_ports_and_stop_and_services_may_be_local_or_sticky() {
+        let text = format!(
+            "{TWO}services:
+  - name: s
+    addresses: [10.96.0.1]
+    ports: [{{port: 80, targetPort: 81}}]
+    endpoints: [shop/a, {{workload: shop/b, ports: [{{port: 80, targetPort: 82}}], zones: [z]}}]
+    affinitySeconds: 60
+  - {{name: l, addresses: [10.96.0.2], ports: [{{port: 80, targetPort: 81}}], endpoints: [shop/a, shop/b], localOnly: true}}
+  - name: d
+    addresses: [10.96.0.3]
+    ports: [{{port: 80, targetPort: 81}}]
+    endpoints: [shop/a, {{workload: shop/b, draining: true}}]
+"
+        );
+        let directory = parse(&text).unwrap();
+        let to = |address: &str, node: &str| match directory.resolve(address.parse().unwrap()) {
+            Ok(Resolved::Service(all)) => {
+                let to = all.for_clients_on(node, Some("z"));
+                (all.service.affinity, to.iter().map(|d| d.address.to_string()).collect::<Vec<_>>())
+            }
+            other => panic!("{other:?}"),
+        };
+        let sticky = Some(Duration::from_secs(60));
+        assert_eq!(to("10.96.0.1:80", "n1"), (sticky, vec!["10.1.0.2:81".into(), "10.2.0.2:82".into()]));
+        assert_eq!(to("10.96.0.2:80", "n2"), (None, vec!["10.2.0.2:81".into()]));
+        assert_eq!(to("10.96.0.3:80", "n2"), (None, vec!["10.1.0.2:81".into()]));
+    }
+
+    #[test]
     fn each_fault_names_its_place() {
         for (text, place) in [
             ("workloads: [{name: a, node: n, addresses: []}]", "workloads[0] (default/a).addresses"),
@@ -347,6 +377,10 @@ services:
             (
                 "services: [{name: s, addresses: [10.0.0.1], ports: [{port: 0, targetPort: 1}], endpoints: []}]",
                 "ports",
+            ),
+            (
+                "workloads: [{name: a, node: n, addresses: [10.0.0.1]}]\nservices: [{name: s, addresses: [10.0.0.2], ports: [], endpoints: [{workload: default/a, ports: [{port: 1, targetPort: 0}]}]}]",
+                "services[0] (default/s).endpoints: default/a: a port must not be 0",
             ),
             ("nodes: [{name: 'a b', address: 10.0.0.1}]", "nodes[0] (a b).name"),
             ("nodes: [{name: a, address: 127.0.0.1}]", "nodes[0] (a).address"),
