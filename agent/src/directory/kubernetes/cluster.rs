@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kube::Resource;
 use kube::runtime::watcher::Event;
 
 use super::objects::{self, Kind};
@@ -76,22 +77,46 @@ impl<T> Default for Objects<T> {
 }
 
 impl<T> Objects<T> {
-    fn begin(&mut self) {
-        self.told = Some(HashSet::new());
+    /// What an event changes: rows by name, none for an object that is gone or cannot be used.
+    fn hear<K: Resource<DynamicType = Kind>, R>(
+        &mut self,
+        kind: Kind,
+        event: Event<K>,
+        read: impl FnOnce(K) -> Result<Option<R>, String>,
+    ) -> Heard<R> {
+        let mut unusable = None;
+        let changes = match event {
+            Event::Init => {
+                self.told = Some(HashSet::new());
+                Vec::new()
+            }
+            Event::InitApply(object) | Event::Apply(object) => {
+                let name = rows::name(object.meta());
+                if let Some(told) = &mut self.told {
+                    told.insert(Arc::clone(&name));
+                }
+                let row = read(object).unwrap_or_else(|why| {
+                    unusable = Some(Unusable { object: format!("{} {name}", kind.plural), why });
+                    None
+                });
+                vec![(name, row)]
+            }
+            Event::Delete(object) => vec![(rows::name(object.meta()), None)],
+            Event::InitDone => {
+                self.is_read = true;
+                let told = self.told.take().unwrap_or_default();
+                let gone = self.rows.keys().filter(|name| !told.contains(*name));
+                gone.map(|name| (Arc::clone(name), None)).collect()
+            }
+        };
+        Heard { changes, unusable }
     }
+}
 
-    fn tell(&mut self, name: &Name) {
-        if let Some(told) = &mut self.told {
-            told.insert(Arc::clone(name));
-        }
-    }
-
-    /// Those that are not there any more.
-    fn end(&mut self) -> Vec<Name> {
-        self.is_read = true;
-        let told = self.told.take().unwrap_or_default();
-        self.rows.keys().filter(|name| !told.contains(*name)).cloned().collect()
-    }
+/// What an event changes.
+struct Heard<R> {
+    changes: Vec<(Name, Option<R>)>,
+    unusable: Option<Unusable>,
 }
 
 /// The cluster.
@@ -141,14 +166,37 @@ impl Cluster {
     /// # Errors
     /// When an object cannot be used; it counts as absent then.
     pub fn update(&mut self, update: Update) -> Result<(), Unusable> {
-        match update {
-            Update::Namespace(event) => self.namespace(event),
-            Update::Pod(event) => return self.pod(event),
-            Update::Service(event) => return self.service(event),
-            Update::Slice(event) => return self.slice(event),
-            Update::Node(event) => return self.node(event),
-        }
-        Ok(())
+        let rules = &self.rules;
+        let unusable = match update {
+            Update::Namespace(event) => {
+                let read = |it: objects::Namespace| Ok(Some(rows::mode(&it.metadata)));
+                let heard = self.namespaces.hear(Kind::NAMESPACES, event, read);
+                heard.changes.into_iter().for_each(|(name, row)| self.set_namespace(name, row));
+                heard.unusable
+            }
+            Update::Pod(event) => {
+                let read = |pod| rows::workload(pod, &rules.domain, rules.node.as_deref());
+                let heard = self.pods.hear(Kind::PODS, event, read);
+                heard.changes.into_iter().for_each(|(name, row)| self.set_pod(name, row));
+                heard.unusable
+            }
+            Update::Service(event) => {
+                let heard = self.services.hear(Kind::SERVICES, event, |it| rows::service(&it));
+                heard.changes.into_iter().for_each(|(name, row)| self.set_service(name, row));
+                heard.unusable
+            }
+            Update::Slice(event) => {
+                let heard = self.slices.hear(Kind::SLICES, event, rows::slice);
+                heard.changes.into_iter().for_each(|(name, row)| self.set_slice(name, row));
+                heard.unusable
+            }
+            Update::Node(event) => {
+                let heard = self.nodes.hear(Kind::NODES, event, |it| rows::node(it, &rules.domain));
+                heard.changes.into_iter().for_each(|(name, row)| self.set_node(name, row));
+                heard.unusable
+            }
+        };
+        unusable.map_or(Ok(()), Err)
     }
 
     /// Whether every kind has been told in whole, at least once.
@@ -210,49 +258,15 @@ impl Cluster {
         label.or_else(of_namespace).unwrap_or(self.rules.default_mode)
     }
 
-    fn namespace(&mut self, event: Event<objects::Namespace>) {
-        match event {
-            Event::Init => self.namespaces.begin(),
-            Event::InitApply(namespace) | Event::Apply(namespace) => {
-                let (name, mode) = (rows::name(&namespace.metadata), rows::mode(&namespace.metadata));
-                self.namespaces.tell(&name);
-                if self.namespaces.rows.insert(Arc::clone(&name), mode) != Some(mode) {
-                    self.changed_namespaces.insert(name);
-                }
-            }
-            Event::Delete(namespace) => self.forget_namespace(rows::name(&namespace.metadata)),
-            Event::InitDone => {
-                for gone in self.namespaces.end() {
-                    self.forget_namespace(gone);
-                }
-            }
+    fn set_namespace(&mut self, name: Name, label: Option<Option<Mode>>) {
+        if self.namespaces.rows.get(&name) == label.as_ref() {
+            return;
         }
-    }
-
-    fn forget_namespace(&mut self, name: Name) {
-        self.namespaces.rows.remove(&name);
+        match label {
+            Some(label) => self.namespaces.rows.insert(Arc::clone(&name), label),
+            None => self.namespaces.rows.remove(&name),
+        };
         self.changed_namespaces.insert(name);
-    }
-
-    fn pod(&mut self, event: Event<objects::Pod>) -> Result<(), Unusable> {
-        match event {
-            Event::Init => self.pods.begin(),
-            Event::InitApply(pod) | Event::Apply(pod) => {
-                let name = rows::name(&pod.metadata);
-                self.pods.tell(&name);
-                let read = rows::workload(pod, &self.rules.domain, self.rules.node.as_deref());
-                let (pod, outcome) = usable(Kind::PODS, &name, read);
-                self.set_pod(name, pod);
-                return outcome;
-            }
-            Event::Delete(pod) => self.set_pod(rows::name(&pod.metadata), None),
-            Event::InitDone => {
-                for gone in self.pods.end() {
-                    self.set_pod(gone, None);
-                }
-            }
-        }
-        Ok(())
     }
 
     fn set_pod(&mut self, name: Name, pod: Option<(Workload, Option<Mode>)>) {
@@ -286,26 +300,6 @@ impl Cluster {
         self.changed_services.extend(services.cloned());
     }
 
-    fn service(&mut self, event: Event<objects::Service>) -> Result<(), Unusable> {
-        match event {
-            Event::Init => self.services.begin(),
-            Event::InitApply(service) | Event::Apply(service) => {
-                let name = rows::name(&service.metadata);
-                self.services.tell(&name);
-                let (row, outcome) = usable(Kind::SERVICES, &name, rows::service(&service));
-                self.set_service(name, row);
-                return outcome;
-            }
-            Event::Delete(service) => self.set_service(rows::name(&service.metadata), None),
-            Event::InitDone => {
-                for gone in self.services.end() {
-                    self.set_service(gone, None);
-                }
-            }
-        }
-        Ok(())
-    }
-
     fn set_service(&mut self, name: Name, row: Option<ServiceRow>) {
         if self.services.rows.get(&name) == row.as_ref() {
             return;
@@ -315,26 +309,6 @@ impl Cluster {
             None => self.services.rows.remove(&name),
         };
         self.changed_services.insert(name);
-    }
-
-    fn slice(&mut self, event: Event<objects::Slice>) -> Result<(), Unusable> {
-        match event {
-            Event::Init => self.slices.begin(),
-            Event::InitApply(slice) | Event::Apply(slice) => {
-                let name = rows::name(&slice.metadata);
-                self.slices.tell(&name);
-                let (row, outcome) = usable(Kind::SLICES, &name, rows::slice(slice));
-                self.set_slice(name, row);
-                return outcome;
-            }
-            Event::Delete(slice) => self.set_slice(rows::name(&slice.metadata), None),
-            Event::InitDone => {
-                for gone in self.slices.end() {
-                    self.set_slice(gone, None);
-                }
-            }
-        }
-        Ok(())
     }
 
     fn set_slice(&mut self, name: Name, row: Option<SliceRow>) {
@@ -356,26 +330,6 @@ impl Cluster {
             self.changed_services.insert(Arc::clone(&row.service));
             self.slices.rows.insert(name, row);
         }
-    }
-
-    fn node(&mut self, event: Event<objects::Node>) -> Result<(), Unusable> {
-        match event {
-            Event::Init => self.nodes.begin(),
-            Event::InitApply(node) | Event::Apply(node) => {
-                let name = rows::name(&node.metadata);
-                self.nodes.tell(&name);
-                let (node, outcome) = usable(Kind::NODES, &name, rows::node(node, &self.rules.domain));
-                self.set_node(name, node);
-                return outcome;
-            }
-            Event::Delete(node) => self.set_node(rows::name(&node.metadata), None),
-            Event::InitDone => {
-                for gone in self.nodes.end() {
-                    self.set_node(gone, None);
-                }
-            }
-        }
-        Ok(())
     }
 
     fn set_node(&mut self, name: Name, node: Option<Node>) {
@@ -446,14 +400,6 @@ impl Cluster {
             local_only: row.local_only,
             affinity: row.affinity,
         }
-    }
-}
-
-/// The row of an object that can be used, else none, and why.
-fn usable<T>(kind: Kind, name: &Name, read: Result<Option<T>, String>) -> (Option<T>, Result<(), Unusable>) {
-    match read {
-        Ok(row) => (row, Ok(())),
-        Err(why) => (None, Err(Unusable { object: format!("{} {name}", kind.plural), why })),
     }
 }
 
