@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::ca::store::Store;
-use crate::directory::{Live, file};
+use crate::directory::source;
 pub use config::AuthorityConfig;
 pub use service::Counters;
 use service::Service;
@@ -46,12 +46,9 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     let store = Arc::new(Store::open(&config.state_dir)?);
     let _lock = store.lock()?;
     let ca = Arc::new(store.ca(&config.trust_domain, SystemTime::now())?);
-    let directory = Live::new(file::load(&config.directory.file, &config.trust_domain)?);
-    let watching = tokio::spawn(file::watch(
-        config.directory.file.clone(),
-        config.trust_domain.clone(),
-        Arc::clone(&directory),
-    ));
+    let (directory, following_directory) =
+        source::open(&config.directory, &config.trust_domain, None).await?;
+    let watching = tokio::spawn(following_directory);
     let counters = Arc::new(Counters::new()?);
     let revoked = Arc::new(store.revocations()?);
     let bundle = watch::Sender::new(Arc::new(ca.bundle().clone().with_revocations(revoked)));
@@ -63,10 +60,10 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     let admin = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
-    let page = Arc::clone(&counters);
+    let (page, known) = (Arc::clone(&counters), Arc::clone(&directory));
     let admin = tokio::spawn(crate::admin::serve(
         admin,
-        Arc::new(move |path: &str| page.page(path).map(crate::admin::Page::text)),
+        Arc::new(move |path: &str| page.page(path, &known).map(crate::admin::Page::text)),
     ));
     tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
     let trusted = bundle.subscribe();

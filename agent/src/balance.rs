@@ -7,6 +7,7 @@
 //! - `group`: the choice: nearest, then least loaded of two
 //! - `ejection`: when an endpoint is out of use, for how long, and how it comes back
 //! - `health`: both, shared between threads
+//! - `affinity`: clients that are to meet the same endpoint again
 //! - `tries`: one connection's way through them
 //!
 //! A connection is tried at most [`MAX_TRIES`] times, and only while nothing of it was sent. An
@@ -15,13 +16,14 @@
 //! refuses and a limit of ours say nothing of the endpoint. A workload's own address is not for us to
 //! choose: nothing here applies to it.
 
+mod affinity;
 mod ejection;
 mod group;
 mod health;
 mod tries;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -30,9 +32,10 @@ use arc_swap::ArcSwap;
 use crate::directory::{Destination, Directory, Endpoints, Live, Resolved};
 use crate::telemetry::Observe;
 use crate::verdict::Locality;
+use affinity::Affinity;
 use group::{Group, Member};
 use health::Health;
-use tries::Left;
+use tries::{Left, Sticky};
 pub use tries::{MAX_TRIES, Pick, Tries};
 
 /// Services spoken to, by their address and port.
@@ -48,37 +51,69 @@ pub struct Balance {
     groups: ArcSwap<Groups>,
     /// Locked while groups are made.
     known: Mutex<Known>,
+    affinity: Affinity,
 }
 
 impl Balance {
     /// Knows nothing yet; `node` is the node it chooses for.
     pub fn new(node: String, observe: Observe) -> Self {
-        Self { node, observe, groups: ArcSwap::default(), known: Mutex::default() }
+        Self {
+            node,
+            observe,
+            groups: ArcSwap::default(),
+            known: Mutex::default(),
+            affinity: Affinity::default(),
+        }
     }
 
-    /// The tries of a connection that goes to `to`. Within `patience` of `now` it may be tried again.
-    pub fn tries(&self, directory: &Directory, to: Resolved, now: Instant, patience: Duration) -> Tries<'_> {
-        let left = match to {
-            Resolved::Workload(destination) => Left::Workload(Some(destination)),
-            Resolved::Service(endpoints) => Left::Group(self.group(directory, &endpoints)),
+    /// The tries of a connection from `client` that goes to `to`. Within `patience` of `now` it may be
+    /// tried again.
+    pub fn tries(
+        &self,
+        directory: &Directory,
+        client: IpAddr,
+        to: Resolved,
+        now: Instant,
+        patience: Duration,
+    ) -> Tries<'_> {
+        let (left, sticky) = match to {
+            Resolved::Workload(destination) => (Left::Workload(Some(destination)), None),
+            Resolved::Service(endpoints) => {
+                let sticky = endpoints.service.affinity.map(|timeout| Sticky {
+                    affinity: &self.affinity,
+                    service: endpoints.address,
+                    client,
+                    timeout,
+                });
+                (Left::Group(self.group(directory, &endpoints)), sticky)
+            }
         };
-        Tries::new(&self.observe, left, now, patience)
+        Tries::new(&self.observe, left, sticky, now, patience)
     }
 
     /// Runs for ever: forgets what the directory has dropped.
     pub async fn follow(self: Arc<Self>, directory: Arc<Live>) {
         let mut changes = directory.subscribe();
+        let mut before = Arc::new(Directory::default());
         while changes.changed().await.is_ok() {
-            self.renew(&directory.load());
+            let now = directory.load();
+            self.renew(&now, &before);
+            self.affinity.tidy(Instant::now());
+            before = now;
         }
     }
 
-    fn renew(&self, directory: &Directory) {
+    fn renew(&self, directory: &Directory, before: &Directory) {
         let mut known = self.lock();
         let mut groups = Groups::new();
-        for address in self.groups.load().keys() {
+        let same_nodes = directory.has_same_nodes(before);
+        for (address, group) in self.groups.load().iter() {
             if let Ok(Resolved::Service(endpoints)) = directory.resolve(*address) {
-                groups.insert(*address, self.make(&mut known, directory, &endpoints));
+                let group = match same_nodes && Arc::ptr_eq(&group.service, &endpoints.service) {
+                    true => Arc::clone(group),
+                    false => self.make(&mut known, directory, &endpoints),
+                };
+                groups.insert(*address, group);
             }
         }
         self.groups.store(Arc::new(groups));
@@ -108,7 +143,7 @@ impl Balance {
     fn make(&self, known: &mut Known, directory: &Directory, endpoints: &Endpoints) -> Arc<Group> {
         let zone = |node: &str| directory.node(node).and_then(|node| node.zone.as_deref());
         let ours = zone(&self.node);
-        let members = endpoints.destinations().map(|destination| {
+        let members = endpoints.for_clients_on(&self.node, ours).into_iter().map(|destination| {
             let node = &destination.workload.node;
             let locality = match zone(node) {
                 _ if *node == self.node => Locality::Node,
@@ -143,7 +178,7 @@ impl Balance {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::directory::{Mode, Node, Service, Workload};
+    use crate::directory::{Endpoint, Mode, Node, Service, Target, Workload};
     use crate::identity::{SpiffeId, TrustDomain};
     use crate::telemetry::Metrics;
 
@@ -168,12 +203,21 @@ mod tests {
             netns: None,
         };
         let workloads: Vec<_> = endpoints.iter().enumerate().map(|e| Arc::new(workload(e))).collect();
+        let endpoint = |workload: &Arc<Workload>| Endpoint {
+            workload: Arc::clone(workload),
+            address: workload.addresses[0],
+            targets: [Target { port: 80, target: 8080 }].into(),
+            is_draining: false,
+            zones: [].into(),
+        };
         let service = Service {
             name: "web".into(),
             namespace: "shop".into(),
             addresses: vec!["10.96.0.1".parse().unwrap()],
-            ports: [(80, 8080)].into(),
-            endpoints: workloads.clone(),
+            ports: vec![80],
+            endpoints: workloads.iter().map(endpoint).collect(),
+            local_only: false,
+            affinity: None,
         };
         let node = |(name, zone): (&str, &str)| {
             let address = format!("10.0.0.{}", &name[1..]).parse().unwrap();
@@ -187,6 +231,18 @@ mod tests {
     }
 
     impl Bench {
+        /// With affinity of clients.
+        pub(super) fn sticky(endpoints: &[(&str, &str)], timeout: Duration) -> Self {
+            let mut bench = Self::new(endpoints);
+            let Ok(Resolved::Service(to)) = bench.directory.resolve("10.96.0.1:80".parse().unwrap()) else {
+                panic!("it is a service's address");
+            };
+            bench.directory.remove_service(&to.service);
+            let service = Service { affinity: Some(timeout), ..(*to.service).clone() };
+            bench.directory.insert_service(service.into());
+            bench
+        }
+
         pub(super) fn new(endpoints: &[(&str, &str)]) -> Self {
             let metrics = Arc::new(Metrics::new().unwrap());
             let balance = Balance::new("n1".into(), Observe::new(Arc::clone(&metrics)));
@@ -195,7 +251,7 @@ mod tests {
 
         pub(super) fn to(&self, address: &str, now: Instant) -> Tries<'_> {
             let to = self.directory.resolve(address.parse().unwrap()).unwrap();
-            self.balance.tries(&self.directory, to, now, Duration::from_secs(3))
+            self.balance.tries(&self.directory, [10, 1, 9, 9].into(), to, now, Duration::from_secs(3))
         }
 
         pub(super) fn pick(&self, now: Instant) -> Pick {
@@ -236,17 +292,17 @@ mod tests {
         }
         // Others in front of it and behind it, and the service read anew: what is known stays.
         bench.directory = directory(&[("a", "n3"), ("b", "n3"), ("c", "n3")]);
-        bench.balance.renew(&bench.directory);
+        bench.balance.renew(&bench.directory, &Directory::default());
         assert_eq!(bench.metric("hauberk_balance_ejected"), "1");
         assert!((0..50).all(|_| name(&bench.pick(now)) != "a"), "still ejected");
         assert_eq!(name(&bench.pick(now)), "c", "and the connections to b are still counted");
         // Another workload has the address now.
         bench.directory = directory(&[("new", "n3"), ("b", "n3")]);
-        bench.balance.renew(&bench.directory);
+        bench.balance.renew(&bench.directory, &Directory::default());
         assert_eq!(bench.metric("hauberk_balance_ejected"), "0");
         assert_eq!(name(&bench.pick(now)), "new");
         drop(held);
-        bench.balance.renew(&Directory::default());
+        bench.balance.renew(&Directory::default(), &Directory::default());
         assert_eq!((bench.balance.groups.load().len(), bench.balance.lock().len()), (0, 0));
     }
 

@@ -150,6 +150,22 @@ impl Capture {
             .map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
     }
 
+    /// Adds destinations to the captured ones, then removes others.
+    ///
+    /// # Errors
+    /// When the table is full or cannot be written; it may be changed in part then.
+    pub fn change_mesh(
+        &self,
+        added: &HashSet<IpAddr>,
+        removed: &HashSet<IpAddr>,
+    ) -> Result<(), CaptureError> {
+        let change = || {
+            added.iter().try_for_each(|address| self.mesh.insert(&addr(*address), &1))?;
+            removed.iter().try_for_each(|address| self.mesh.remove(&addr(*address)))
+        };
+        change().map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
+    }
+
     /// Takes the original destination of a connection that a listener has accepted from `peer`.
     pub fn original_dst(&self, peer: SocketAddr, listener_port: u16) -> Option<SocketAddr> {
         let key = Captured { pod: addr(peer.ip()), source_port: peer.port(), listener_port };

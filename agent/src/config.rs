@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::identity::TrustDomain;
 use issuer::AuthorityClientConfig;
@@ -96,6 +96,7 @@ pub struct AgentConfig {
     /// The trust domain every local identity is in.
     pub trust_domain: TrustDomain,
     /// Where workloads are known from.
+    #[serde(with = "serde_yaml::with::singleton_map")]
     pub directory: DirectoryConfig,
     /// Where access policies are read from. Without it there are none: every identity of the trust
     /// domain may reach every workload.
@@ -136,12 +137,47 @@ pub struct AgentConfig {
     pub drain: Duration,
 }
 
-/// Where workloads are known from.
+/// Where workloads are known from: exactly one of these.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct DirectoryConfig {
+#[serde(rename_all = "camelCase")]
+pub enum DirectoryConfig {
     /// A YAML file; reloaded when it changes.
-    pub file: PathBuf,
+    File(PathBuf),
+    /// The API server of the cluster.
+    Kubernetes(KubernetesConfig),
+}
+
+/// Which cluster, and who in it is in the mesh.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct KubernetesConfig {
+    /// How to reach the API server. Default: as a pod does, with its service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The mode of pods without a label, in namespaces without one. Default off: whoever installs this
+    /// labels what shall be in the mesh, and cuts nobody off by installing it.
+    pub default_mode: Mode,
+    /// Namespaces whose pods are never in the mesh. Default: `kube-system`, which the cluster needs to come
+    /// up, and the agent's own.
+    pub excluded_namespaces: Option<Vec<String>>,
+}
+
+impl Default for KubernetesConfig {
+    fn default() -> Self {
+        Self { kubeconfig: None, default_mode: Mode::Off, excluded_namespaces: None }
+    }
+}
+
+/// How a workload's plaintext is treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Only mutual TLS, in both directions; plaintext is refused.
+    #[default]
+    Strict,
+    /// Mutual TLS with mesh members; plaintext from outside is accepted and counted.
+    Permissive,
+    /// Not part of the mesh.
+    Off,
 }
 
 /// Where access policies are read from.
@@ -366,4 +402,35 @@ pub(crate) fn some_seconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Opt
 /// Deserialises whole milliseconds.
 pub(crate) fn milliseconds<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
     u64::deserialize(d).map(Duration::from_millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Holder {
+        #[serde(with = "serde_yaml::with::singleton_map")]
+        directory: DirectoryConfig,
+    }
+
+    fn parse(text: &str) -> Result<DirectoryConfig, String> {
+        serde_yaml::from_str::<Holder>(text).map(|it| it.directory).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_directory_is_a_file_or_a_cluster_and_not_both_or_neither() {
+        assert!(matches!(parse("directory: {file: /d.yaml}"), Ok(DirectoryConfig::File(_))));
+        let defaults = parse("directory: {kubernetes: {}}").unwrap();
+        let DirectoryConfig::Kubernetes(cluster) = defaults else { panic!("{defaults:?}") };
+        assert_eq!((cluster.default_mode, cluster.kubeconfig), (Mode::Off, None));
+        for bad in [
+            "directory: {file: /d.yaml, kubernetes: {}}",
+            "directory: {}",
+            "directory: {kubernetes: {defaultMode: Strict}}",
+            "directory: {kubernetes: {kubeconfi: x}}",
+        ] {
+            parse(bad).expect_err(bad);
+        }
+    }
 }

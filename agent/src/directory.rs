@@ -1,33 +1,32 @@
 //! Who is where: workloads, services and nodes, indexed by address.
 //!
 //! An address answers only the question "which identity must be there?"; it is never itself an
-//! identity. The peer's certificate has the last word. Sources live below (`directory/file.rs`).
+//! identity. The peer's certificate has the last word.
+//!
+//! - `table`: maps that are cheap to change while others read an earlier state
+//! - `service`: which endpoints of a service a node's workloads may be sent to
+//! - `live`: the newest state, and word of every change
+//! - `file`, `kubernetes`: the sources; `source` is whichever is configured, `standing` how it fares
 
 pub mod file;
+pub mod kubernetes;
+mod live;
+mod service;
+pub mod source;
+mod standing;
+mod table;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
-use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
-
+pub use crate::config::Mode;
 use crate::identity::SpiffeId;
-
-/// How a workload's plaintext is treated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Only mutual TLS, in both directions; plaintext is refused.
-    #[default]
-    Strict,
-    /// Mutual TLS with mesh members; plaintext from outside is accepted and counted.
-    Permissive,
-    /// Not part of the mesh.
-    Off,
-}
+pub use live::Live;
+pub use service::{Endpoint, Endpoints, Service, Target};
+pub use standing::Standing;
+use table::Table;
 
 /// A pod, or a declared endpoint outside Kubernetes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,8 +43,17 @@ pub struct Workload {
     pub addresses: Vec<IpAddr>,
     /// How its plaintext is treated.
     pub mode: Mode,
-    /// Its network namespace, as a file on its node; needed only there.
-    pub netns: Option<PathBuf>,
+    /// Its network namespace; needed only on its own node.
+    pub netns: Option<NetnsAt>,
+}
+
+/// Where a workload's network namespace is found on its node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetnsAt {
+    /// A file that names it.
+    File(PathBuf),
+    /// A pod's UID: it is that of the pod's processes.
+    PodUid(Box<str>),
 }
 
 impl Workload {
@@ -74,21 +82,6 @@ pub struct Node {
     pub zone: Option<String>,
 }
 
-/// A service address and the workloads behind it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Service {
-    /// Name, unique in its namespace.
-    pub name: String,
-    /// Namespace.
-    pub namespace: String,
-    /// Virtual addresses.
-    pub addresses: Vec<IpAddr>,
-    /// Service port to workload port.
-    pub ports: HashMap<u16, u16>,
-    /// The workloads that serve it.
-    pub endpoints: Vec<Arc<Workload>>,
-}
-
 /// Who must answer, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
@@ -107,27 +100,6 @@ pub enum Resolved {
     Service(Endpoints),
 }
 
-/// Those who serve a port of a service; at least one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoints {
-    /// The service.
-    pub service: Arc<Service>,
-    /// The service's address and port.
-    pub address: SocketAddr,
-    /// The workloads' port.
-    target: u16,
-}
-
-impl Endpoints {
-    /// Each endpoint in the mesh, at its address of the same family as the service's.
-    pub fn destinations(&self) -> impl Iterator<Item = Destination> + '_ {
-        self.service.endpoints.iter().filter(|w| w.mode != Mode::Off).filter_map(|workload| {
-            let address = workload.address(self.address.ip(), self.target)?;
-            Some(Destination { workload: Arc::clone(workload), address })
-        })
-    }
-}
-
 /// Why an original destination leads nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResolveError {
@@ -142,30 +114,75 @@ pub enum ResolveError {
     NoEndpoint,
 }
 
-/// One consistent state of the directory.
-#[derive(Debug, Default)]
+/// One consistent state of the directory. A copy is cheap, and so is a change to a copy.
+#[derive(Clone, Debug, Default)]
 pub struct Directory {
-    workloads: Vec<Arc<Workload>>,
-    by_address: HashMap<IpAddr, Arc<Workload>>,
-    /// The nodes on which an identity runs.
-    placed: HashMap<SpiffeId, HashSet<String>>,
-    services: HashMap<IpAddr, Arc<Service>>,
-    nodes: HashMap<String, Arc<Node>>,
+    by_node: Table<String, Vec<Arc<Workload>>>,
+    by_address: Table<IpAddr, Arc<Workload>>,
+    services: Table<IpAddr, Arc<Service>>,
+    nodes: Table<String, Arc<Node>>,
 }
 
 impl Directory {
     /// Indexes workloads, services and nodes. Addresses must be unique; the sources check that.
     pub fn new(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>>, nodes: Vec<Arc<Node>>) -> Self {
-        let by_address =
-            workloads.iter().flat_map(|w| w.addresses.iter().map(|a| (*a, Arc::clone(w)))).collect();
-        let mut placed: HashMap<SpiffeId, HashSet<String>> = HashMap::new();
-        for workload in workloads.iter().filter(|w| w.mode != Mode::Off) {
-            placed.entry(workload.id.clone()).or_default().insert(workload.node.clone());
+        let mut directory = Self::default();
+        workloads.into_iter().for_each(|workload| directory.insert_workload(workload));
+        services.into_iter().for_each(|service| directory.insert_service(service));
+        nodes.into_iter().for_each(|node| directory.insert_node(node));
+        directory
+    }
+
+    /// Adds a workload. Addresses that another one has become its own.
+    pub(crate) fn insert_workload(&mut self, workload: Arc<Workload>) {
+        for address in &workload.addresses {
+            self.by_address.insert(*address, Arc::clone(&workload));
         }
-        let services =
-            services.iter().flat_map(|s| s.addresses.iter().map(|a| (*a, Arc::clone(s)))).collect();
-        let nodes = nodes.into_iter().map(|node| (node.name.clone(), node)).collect();
-        Self { workloads, by_address, placed, services, nodes }
+        let mut here = self.by_node.get(&workload.node).cloned().unwrap_or_default();
+        here.push(Arc::clone(&workload));
+        self.by_node.insert(workload.node.clone(), here);
+    }
+
+    /// Removes this very workload, and of its addresses those that are still its own.
+    pub(crate) fn remove_workload(&mut self, workload: &Arc<Workload>) {
+        for address in &workload.addresses {
+            if self.by_address.get(address).is_some_and(|now| Arc::ptr_eq(now, workload)) {
+                self.by_address.remove(address);
+            }
+        }
+        let Some(here) = self.by_node.get(&workload.node) else { return };
+        let mut here = here.clone();
+        here.retain(|other| !Arc::ptr_eq(other, workload));
+        match here.is_empty() {
+            true => self.by_node.remove(&workload.node),
+            false => self.by_node.insert(workload.node.clone(), here),
+        };
+    }
+
+    /// Adds a service.
+    pub(crate) fn insert_service(&mut self, service: Arc<Service>) {
+        for address in &service.addresses {
+            self.services.insert(*address, Arc::clone(&service));
+        }
+    }
+
+    /// Removes this very service.
+    pub(crate) fn remove_service(&mut self, service: &Arc<Service>) {
+        for address in &service.addresses {
+            if self.services.get(address).is_some_and(|now| Arc::ptr_eq(now, service)) {
+                self.services.remove(address);
+            }
+        }
+    }
+
+    /// Adds a node, or puts it in its predecessor's place.
+    pub(crate) fn insert_node(&mut self, node: Arc<Node>) {
+        self.nodes.insert(node.name.clone(), node);
+    }
+
+    /// Removes a node.
+    pub(crate) fn remove_node(&mut self, name: &str) {
+        self.nodes.remove(name);
     }
 
     /// A node that is known to have an agent of ours.
@@ -174,18 +191,28 @@ impl Directory {
     }
 
     /// Every node that is known to have an agent of ours.
-    pub fn nodes(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
         self.nodes.values()
     }
 
+    /// How many nodes are known to have an agent of ours.
+    pub fn node_count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether nothing about nodes differs between the two; may say no though nothing does.
+    pub(crate) fn has_same_nodes(&self, other: &Self) -> bool {
+        self.nodes.is_same(&other.nodes)
+    }
+
     /// Every workload.
-    pub fn workloads(&self) -> &[Arc<Workload>] {
-        &self.workloads
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.by_node.values().flatten()
     }
 
     /// The workloads that run on a node and are in the mesh.
-    pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
-        self.workloads.iter().filter(move |w| w.node == node && w.mode != Mode::Off)
+    pub fn enrolled_on(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
+        self.by_node.get(node).into_iter().flatten().filter(|w| w.mode != Mode::Off)
     }
 
     /// The workload that has an address.
@@ -195,19 +222,34 @@ impl Directory {
 
     /// Whether an identity runs on a node.
     pub fn places(&self, id: &SpiffeId, node: &str) -> bool {
-        self.placed.get(id).is_some_and(|nodes| nodes.contains(node))
+        self.enrolled_on(node).any(|workload| workload.id == *id)
     }
 
-    /// Every address whose traffic is captured: workloads in the mesh, and services with at least
+    /// Whether traffic to an address is captured: a workload's in the mesh, or a service's with at least
     /// one endpoint in it.
+    fn has_member(&self, address: &IpAddr) -> bool {
+        self.by_address.get(address).is_some_and(|workload| workload.mode != Mode::Off)
+            || self.services.get(address).is_some_and(|service| service.is_in_mesh())
+    }
+
+    /// Every address whose traffic is captured.
     pub fn mesh_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        let workloads = self.by_address.iter().filter(|(_, w)| w.mode != Mode::Off).map(|(a, _)| *a);
-        let services = self
-            .services
-            .iter()
-            .filter(|(_, s)| s.endpoints.iter().any(|w| w.mode != Mode::Off))
-            .map(|(a, _)| *a);
-        workloads.chain(services)
+        let addresses = self.by_address.iter().map(|(a, _)| a).chain(self.services.iter().map(|(a, _)| a));
+        addresses.filter(|address| self.has_member(address)).copied()
+    }
+
+    /// The addresses whose traffic is captured now and was not `before`, and the other way round.
+    pub fn mesh_changes(&self, before: &Self) -> (HashSet<IpAddr>, HashSet<IpAddr>) {
+        let (mut added, mut removed) = (HashSet::new(), HashSet::new());
+        let workloads = self.by_address.maybe_changed(&before.by_address);
+        for address in workloads.chain(self.services.maybe_changed(&before.services)) {
+            match (before.has_member(address), self.has_member(address)) {
+                (false, true) => added.insert(*address),
+                (true, false) => removed.insert(*address),
+                _ => continue,
+            };
+        }
+        (added, removed)
     }
 
     /// Where an original destination leads.
@@ -221,41 +263,13 @@ impl Directory {
             return Ok(Resolved::Workload(Destination { workload: Arc::clone(workload), address }));
         }
         let service = self.services.get(&ip).ok_or(ResolveError::UnknownAddress)?;
-        let target = *service.ports.get(&address.port()).ok_or(ResolveError::UnknownPort)?;
-        let endpoints = Endpoints { service: Arc::clone(service), address, target };
-        if endpoints.destinations().next().is_none() {
+        if !service.ports.contains(&address.port()) {
+            return Err(ResolveError::UnknownPort);
+        }
+        let endpoints = Endpoints { service: Arc::clone(service), address };
+        if endpoints.is_empty() {
             return Err(ResolveError::NoEndpoint);
         }
         Ok(Resolved::Service(endpoints))
-    }
-}
-
-/// The directory as it changes.
-#[derive(Debug)]
-pub struct Live {
-    now: ArcSwap<Directory>,
-    changed: watch::Sender<u64>,
-}
-
-impl Live {
-    /// Starts from a first state.
-    pub fn new(first: Directory) -> Arc<Self> {
-        Arc::new(Self { now: ArcSwap::from_pointee(first), changed: watch::Sender::new(1) })
-    }
-
-    /// The state as of now.
-    pub fn load(&self) -> Arc<Directory> {
-        self.now.load_full()
-    }
-
-    /// Takes a new state into use.
-    pub fn replace(&self, next: Directory) {
-        self.now.store(Arc::new(next));
-        self.changed.send_modify(|n| *n += 1);
-    }
-
-    /// Notifies of every new state.
-    pub fn subscribe(&self) -> watch::Receiver<u64> {
-        self.changed.subscribe()
     }
 }

@@ -3,19 +3,21 @@
 //! A pod that cannot be enrolled is retried, and keeps its reason until it can; the others are
 //! served meanwhile. Runs on a thread of its own, as it enters the pods' network namespaces.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::capture::{Capture, CaptureError, Listeners};
-use crate::config::AgentConfig;
+use crate::capture::{Capture, CaptureError, Listeners, mount};
+use crate::config::{AgentConfig, CaptureConfig};
 use crate::deliver::Deliver;
-use crate::directory::{Directory, Mode, Workload};
+use crate::directory::{Directory, Mode, NetnsAt, Workload};
 use crate::inbound::Node;
 use crate::netns::Netns;
+use crate::netns::pods::PodCgroups;
 use crate::pod::{Pod, Pods};
 use crate::shard::Thread;
 use crate::warm::Recent;
@@ -47,6 +49,8 @@ struct Enrolled {
     pod: Arc<Pod>,
     workload: Arc<Workload>,
     netns: Arc<Netns>,
+    /// What named the namespace.
+    path: PathBuf,
 }
 
 /// Enrols and removes pods.
@@ -112,17 +116,20 @@ impl Enroller {
         let node = self.config.node.clone();
         let wanted: BTreeMap<Name, &Arc<Workload>> =
             directory.enrolled_on(&node).map(|workload| (workload.full_name(), workload)).collect();
+        let cgroups = cgroups(&self.config.capture);
         let stale: Vec<Name> = self
             .enrolled
-            .iter()
-            .filter(|(name, now)| !wanted.get(*name).is_some_and(|workload| still_fits(now, workload)))
-            .map(|(name, _)| name.clone())
+            .iter_mut()
+            .filter_map(|(name, now)| {
+                let fits = wanted.get(name).is_some_and(|workload| still_fits(now, workload, &cgroups));
+                (!fits).then(|| name.clone())
+            })
             .collect();
         for name in stale {
             self.remove(&name);
         }
         for (name, workload) in &wanted {
-            let outcome = self.ensure(name, workload);
+            let outcome = self.ensure(name, workload, &cgroups);
             self.note(name, outcome);
         }
         self.status.lock().retain(|name, _| wanted.contains_key(name));
@@ -178,7 +185,14 @@ impl Enroller {
         if self.meshed.as_ref().is_some_and(|meshed| Arc::ptr_eq(meshed, directory)) {
             return Ok(false);
         }
-        let grown = self.capture.set_mesh(directory.mesh_addresses())?;
+        let grown = match &self.meshed {
+            None => self.capture.set_mesh(directory.mesh_addresses())?,
+            Some(before) => {
+                let (added, removed) = directory.mesh_changes(before);
+                self.capture.change_mesh(&added, &removed)?;
+                !added.is_empty()
+            }
+        };
         self.meshed = Some(Arc::clone(directory));
         Ok(grown)
     }
@@ -206,8 +220,8 @@ impl Enroller {
         }
     }
 
-    fn ensure(&mut self, name: &str, workload: &Arc<Workload>) -> Result<(), String> {
-        let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload) };
+    fn ensure(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), String> {
+        let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload, cgroups) };
         if now.workload.mode != workload.mode {
             self.capture.enrol(workload, &now.netns).map_err(|e| e.to_string())?;
             now.pod.set_mode(workload.mode);
@@ -217,8 +231,8 @@ impl Enroller {
         Ok(())
     }
 
-    fn enrol(&mut self, name: &str, workload: &Arc<Workload>) -> Result<(), String> {
-        let path = netns_path(workload)?;
+    fn enrol(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), String> {
+        let path = netns_path(workload, cgroups)?;
         let netns = Arc::new(Netns::open(&path).map_err(|e| e.to_string())?);
         let ports = &self.config.capture.ports;
         let tunnel_port = self.config.tunnel.port;
@@ -240,7 +254,7 @@ impl Enroller {
         }
         self.pods.insert(&pod);
         tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
-        self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns });
+        self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns, path });
         Ok(())
     }
 
@@ -265,17 +279,49 @@ impl Enroller {
     }
 }
 
-fn netns_path(workload: &Workload) -> Result<PathBuf, String> {
-    workload.netns.clone().ok_or_else(|| "the directory names no network namespace (netns) for it".into())
+/// The cgroups of this node's pods, read when somebody asks.
+type Cgroups = LazyCell<Result<PodCgroups, String>, Box<dyn FnOnce() -> Result<PodCgroups, String>>>;
+
+/// Reads the pods' cgroups once, and only if a pod has to be looked for.
+fn cgroups(config: &CaptureConfig) -> Cgroups {
+    let configured = config.cgroup.clone();
+    LazyCell::new(Box::new(move || {
+        let root = mount::cgroup_dir(&configured).map_err(|e| format!("capture.cgroup: {e}"))?;
+        Ok(PodCgroups::read(&root))
+    }))
+}
+
+fn netns_path(workload: &Workload, cgroups: &Cgroups) -> Result<PathBuf, String> {
+    match &workload.netns {
+        Some(NetnsAt::File(path)) => Ok(path.clone()),
+        Some(NetnsAt::PodUid(uid)) => {
+            (**cgroups).as_ref().map_err(Clone::clone)?.netns(uid).ok_or_else(|| {
+                format!(
+                    "no process of pod {uid} below capture.cgroup yet (is that the cgroup above all pods?)"
+                )
+            })
+        }
+        None => Err("the directory names no network namespace (netns) for it".into()),
+    }
 }
 
 /// Whether a pod may be served on as the directory has it now. The mode may change in place.
-fn still_fits(now: &Enrolled, workload: &Workload) -> bool {
+fn still_fits(now: &mut Enrolled, workload: &Workload, cgroups: &Cgroups) -> bool {
     let same = now.workload.id == workload.id
         && now.workload.addresses == workload.addresses
         && now.workload.netns == workload.netns;
-    let path = netns_path(workload).unwrap_or_default();
     // A namespace whose file is gone stays enrolled until the directory lets it go: whatever still
     // runs in it stays captured. A file that names another namespace means another pod.
-    same && Netns::inode_at(&path).map_or(true, |found| found == now.netns.inode())
+    let is_ours = |path: &Path| Netns::inode_at(path).map(|found| found == now.netns.inode());
+    if !same || matches!(workload.netns, Some(NetnsAt::File(_))) {
+        return same && is_ours(&now.path).unwrap_or(true);
+    }
+    // A process may end, and its number be given to a stranger's, while the pod goes on.
+    if is_ours(&now.path).unwrap_or(false) {
+        return true;
+    }
+    let Ok(path) = netns_path(workload, cgroups) else { return true };
+    let fits = is_ours(&path).unwrap_or(true);
+    now.path = path;
+    fits
 }

@@ -3,6 +3,8 @@
 //! Entering is synchronous and short: `f` must not wait. A thread that could not come home would
 //! silently serve one pod's traffic in another's namespace, so that aborts the process.
 
+pub mod pods;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

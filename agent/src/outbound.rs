@@ -117,7 +117,8 @@ impl Connection {
         };
         let directory = shard.directory.load();
         let to = directory.resolve(original).map_err(nowhere)?;
-        let mut tries = shard.balance.tries(&directory, to, Instant::now(), shard.tunnel.connect_timeout);
+        let (client, patience) = (self.source.ip(), shard.tunnel.connect_timeout);
+        let mut tries = shard.balance.tries(&directory, client, to, Instant::now(), patience);
         let mut failed = None;
         while let Some(mut pick) = tries.next(Instant::now()) {
             match self.open(&mut pick).await {

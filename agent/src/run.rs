@@ -21,7 +21,7 @@ use crate::balance::Balance;
 use crate::capture::Capture;
 use crate::config::AgentConfig;
 use crate::crls::Keeper;
-use crate::directory::{Live, file};
+use crate::directory::{Live, source};
 use crate::enrol::{Enroller, LOOK_EVERY};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
@@ -45,7 +45,7 @@ const MAX_DEFAULT_WORKERS: usize = 8;
 const WORDS: usize = 1024;
 
 /// What readiness waits for.
-const CONDITIONS: [&str; 3] = ["node-svid", "pods-enrolled", "workload-svids"];
+const CONDITIONS: [&str; 4] = ["directory", "node-svid", "pods-enrolled", "workload-svids"];
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). `give_back` lets the allocator give free
 /// memory back.
@@ -72,7 +72,8 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
     let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
-    let directory = Live::new(file::load(&config.directory.file, domain)?);
+    let (directory, following_directory) =
+        source::open(&config.directory, domain, Some(&config.node)).await?;
     let policies = match &config.policy {
         Some(policy) => {
             let policies = Policies::load(&policy.file, domain.clone())?;
@@ -127,7 +128,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     });
     serve_admin(&config, admin_listener, &state)?;
 
-    tokio::spawn(file::watch(config.directory.file.clone(), domain.clone(), Arc::clone(&directory)));
+    tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
     tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
     if let Some(policy) = &config.policy {
@@ -300,7 +301,10 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
                 None => Some(format!("{name}: not looked at yet")),
             });
         let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
-        for (condition, missing) in CONDITIONS.into_iter().zip([node_missing, pods_missing, svid_missing]) {
+        let unread = || state.directory.standing().faults().unwrap_or_else(|| "not read yet".into());
+        let directory_missing = (!state.directory.is_read()).then(unread);
+        let missing = [directory_missing, node_missing, pods_missing, svid_missing];
+        for (condition, missing) in CONDITIONS.into_iter().zip(missing) {
             state.readiness.set(condition, missing);
         }
     }
@@ -315,6 +319,16 @@ fn enrol_for_ever(
     let handle = tokio::runtime::Handle::current();
     let mut changes = directory.subscribe();
     let work = move || {
+        // Nobody is known yet, which must not be taken for nobody being there: what is pinned stays.
+        let is_stopped = handle.block_on(async {
+            tokio::select! {
+                () = directory.read() => false,
+                () = stop.cancelled() => true,
+            }
+        });
+        if is_stopped {
+            return enroller.into_threads();
+        }
         loop {
             enroller.apply(&directory.load());
             let stopped = handle.block_on(async {

@@ -207,7 +207,7 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>, give_
                 Word::Arrived(_) => {}
             },
             Ok(()) = trust.changed() => {
-                let nodes = shard.directory.load().nodes().len();
+                let nodes = shard.directory.load().node_count();
                 shard.pool.refresh(warm::spread(nodes));
             }
             _ = sweep.tick() => shard.pool.sweep(Instant::now(), idle),

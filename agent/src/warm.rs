@@ -38,7 +38,7 @@ pub fn spread(nodes: usize) -> Duration {
 /// of `own` zone, the rest; of these, nodes with workloads in the mesh only. Which of many equals is chosen
 /// depends on `own` name, so that a fleet does not meet at a few nodes.
 pub fn choose(directory: &Directory, own: &str, recent: &[String], most: usize) -> Vec<Arc<Node>> {
-    let members = directory.workloads().iter().filter(|workload| workload.mode != Mode::Off);
+    let members = directory.workloads().filter(|workload| workload.mode != Mode::Off);
     let hosts: HashSet<&str> = members.map(|workload| &*workload.node).collect();
     let recent: HashMap<&str, usize> =
         recent.iter().enumerate().map(|(rank, name)| (&**name, rank)).collect();
@@ -78,7 +78,7 @@ pub(crate) async fn run(shard: Shard, mut recent: Recent) {
     let mut words = shard.words.subscribe();
     shard.trust.holding(&[&shard.node]).await;
     let directory = shard.directory.load();
-    tokio::time::sleep(spread(directory.nodes().len()).mul_f64(fastrand::f64())).await;
+    tokio::time::sleep(spread(directory.node_count()).mul_f64(fastrand::f64())).await;
     let own = shard.node.node_name().unwrap_or_default();
     let chosen = choose(&directory, own, recent.names(), shard.tunnel.warm_nodes.into());
     drop(directory);
@@ -156,7 +156,7 @@ async fn reach(shard: Shard, key: Key, tries: usize) -> Tried {
 /// The workloads of a node that are in the mesh.
 fn members(directory: &Directory, node: &SpiffeId) -> Vec<SpiffeId> {
     let node = node.node_name().unwrap_or_default();
-    let members = directory.workloads().iter().filter(|w| w.mode != Mode::Off && w.node == node);
+    let members = directory.workloads().filter(|w| w.mode != Mode::Off && w.node == node);
     members.map(|workload| workload.id.clone()).collect()
 }
 

@@ -83,15 +83,15 @@ impl Agent {
         host: &Host,
         dir: PathBuf,
         bundle: &Path,
-        directory: &Path,
+        directory: &str,
         cgroup: &Path,
         options: &Options,
     ) -> Result<Self> {
         let mut config = String::new();
         writeln!(config, "node: {node}\ntrustDomain: {}", crate::world::TRUST_DOMAIN)?;
-        writeln!(config, "directory: {{file: {}}}", directory.display())?;
+        writeln!(config, "directory: {directory}")?;
         if options.policies.is_some() {
-            writeln!(config, "policy: {{file: {}}}", directory.with_file_name("policies.yaml").display())?;
+            writeln!(config, "policy: {{file: {}}}", bundle.with_file_name("policies.yaml").display())?;
         }
         match &options.issuer {
             Some(issuer) => {

@@ -5,6 +5,7 @@
 //! - [`host`]: a namespace, and running programs in it
 //! - [`process`]: a program that runs
 //! - [`agent`]: the agent and the authority as processes
+//! - [`kubernetes`]: a real API server, and pods as its objects
 //! - [`tap`]: what a wire carried
 //! - [`sweep`]: removes worlds whose makers are gone
 //!
@@ -13,6 +14,7 @@
 
 pub mod agent;
 pub mod host;
+pub mod kubernetes;
 pub mod process;
 pub mod sweep;
 pub mod tap;
@@ -20,6 +22,7 @@ pub mod world;
 
 pub use agent::{Agent, Mode, Options};
 pub use host::Host;
+pub use kubernetes::Kubernetes;
 pub use process::{Output, Process};
 pub use tap::{Seen, Tap};
 pub use world::{Pod, World};

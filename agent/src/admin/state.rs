@@ -105,13 +105,17 @@ impl State {
         let policies = PolicyStanding { counts: policies.collect(), stale: self.policies.fault().is_some() };
         let trust = self.trust.snapshot();
         let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
-        self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled)
+        let page = self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled);
+        page + &self.directory.standing().render()
     }
 
     fn ready(&self) -> Page {
         let missing = self.readiness.missing();
         if missing.is_empty() {
-            return Page::text("ready\n");
+            // The last good state serves on: a reason to look, not to be taken out of service.
+            let stale = self.directory.standing().faults();
+            let stale = stale.map(|faults| format!("directory is stale: {faults}\n")).unwrap_or_default();
+            return Page::text(format!("ready\n{stale}"));
         }
         let body = missing.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>();
         Page { status: StatusCode::SERVICE_UNAVAILABLE, ..Page::text(body) }
@@ -131,7 +135,8 @@ impl State {
             "trustDomain": trust.bundle.domain().as_str(),
             "ready": self.readiness.missing().is_empty(),
             "missing": self.readiness.missing(),
-            "meshWorkloads": directory.workloads().len(),
+            "meshWorkloads": directory.workloads().count(),
+            "directoryError": self.directory.standing().faults(),
             "enrolled": enrolled.values().filter(|outcome| outcome.is_ok()).count(),
             "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
             "policies": self.policies.loaded().policies().count(),
@@ -153,7 +158,6 @@ impl State {
         let directory = self.directory.load();
         let rows: Vec<_> = directory
             .workloads()
-            .iter()
             .map(|workload| {
                 let name = workload.full_name();
                 let state = match enrolled.get(&name) {

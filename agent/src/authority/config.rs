@@ -22,6 +22,7 @@ pub struct AuthorityConfig {
     /// Where the CA and unused join tokens are kept; made with mode 0700.
     pub state_dir: PathBuf,
     /// Which identity runs on which node.
+    #[serde(with = "serde_yaml::with::singleton_map")]
     pub directory: DirectoryConfig,
     /// How long SVIDs are valid. Default one hour: long enough to outlive a short outage of the
     /// authority, short enough that a stolen key is soon worthless. At most 30 days: revocations of what

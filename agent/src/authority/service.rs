@@ -72,9 +72,12 @@ impl Counters {
     }
 
     /// What is served at a path of the admin address.
-    pub fn page(&self, path: &str) -> Option<String> {
+    pub fn page(&self, path: &str, directory: &Live) -> Option<String> {
         match path {
-            "/metrics" => TextEncoder::new().encode_to_string(&self.registry.gather()).ok(),
+            "/metrics" => {
+                let own = TextEncoder::new().encode_to_string(&self.registry.gather()).ok()?;
+                Some(own + &directory.standing().render())
+            }
             "/healthz" | "/readyz" => Some("ok\n".into()),
             _ => None,
         }
@@ -145,6 +148,10 @@ impl Service {
         };
         let id = SpiffeId::parse(asked)
             .map_err(|e| Refusal("bad_request", Status::invalid_argument(format!("spiffe_id: {e}"))))?;
+        if id != *node && !self.directory.is_read() {
+            let words = "the authority has not read the directory yet; ask again";
+            return Err(Refusal("directory_unread", Status::unavailable(words)));
+        }
         if id == *node || self.directory.load().places(&id, name) {
             self.unbanned(&id, name, now)?;
             return Ok(id);

@@ -11,6 +11,7 @@
 //! Ejected endpoints are passed over, unless nobody else is left or all are failing: then any may be
 //! well again, and all are tried.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -72,9 +73,19 @@ impl Group {
         self.tiers.iter().flatten()
     }
 
-    /// Chooses an endpoint that was not `tried`; `None` when all were.
-    pub(super) fn choose(&self, tried: &[Arc<Health>], now: Instant) -> Option<Choice<'_>> {
+    /// Chooses an endpoint that was not `tried`; `None` when all were. The one to meet `again` is chosen
+    /// as long as nothing is wrong with it.
+    pub(super) fn choose(
+        &self,
+        again: Option<SocketAddr>,
+        tried: &[Arc<Health>],
+        now: Instant,
+    ) -> Option<Choice<'_>> {
         let fresh = |member: &Member| !tried.iter().any(|t| Arc::ptr_eq(t, &member.health));
+        let again = again.and_then(|at| self.members().find(|m| m.destination.address == at && fresh(m)));
+        if let Some(member) = again.filter(|member| member.health.standing(now) == Standing::Trusted) {
+            return Some(Choice { member, standing: Standing::Trusted, probe: None });
+        }
         let usable = |member: &Member| fresh(member) && member.health.standing(now) != Standing::Ejected;
         loop {
             let mut chosen = self.nearest(&usable);

@@ -1,8 +1,10 @@
 //! One connection's tries, and where each of them goes.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use super::affinity::Affinity;
 use super::ejection::{Probe, Standing};
 use super::group::Group;
 use super::health::Health;
@@ -20,11 +22,23 @@ pub(super) enum Left {
     Group(Arc<Group>),
 }
 
+/// That the connection's client is to meet the same endpoint again.
+#[derive(Debug)]
+pub(super) struct Sticky<'a> {
+    pub(super) affinity: &'a Affinity,
+    /// The service's address and port.
+    pub(super) service: SocketAddr,
+    pub(super) client: IpAddr,
+    /// For how long after this connection.
+    pub(super) timeout: Duration,
+}
+
 /// One connection's tries.
 #[derive(Debug)]
 pub struct Tries<'a> {
     observe: &'a Observe,
     left: Left,
+    sticky: Option<Sticky<'a>>,
     tried: Vec<Arc<Health>>,
     /// No other try begins after this.
     until: Instant,
@@ -32,8 +46,14 @@ pub struct Tries<'a> {
 }
 
 impl<'a> Tries<'a> {
-    pub(super) fn new(observe: &'a Observe, left: Left, now: Instant, patience: Duration) -> Self {
-        Self { observe, left, tried: Vec::new(), until: now + patience, patience }
+    pub(super) fn new(
+        observe: &'a Observe,
+        left: Left,
+        sticky: Option<Sticky<'a>>,
+        now: Instant,
+        patience: Duration,
+    ) -> Self {
+        Self { observe, left, sticky, tried: Vec::new(), until: now + patience, patience }
     }
 
     /// Where to try next; `None` when there is nothing left to try.
@@ -50,8 +70,12 @@ impl<'a> Tries<'a> {
         if made == most || made > 0 && now >= self.until {
             return None;
         }
-        let choice = group.choose(&self.tried, now)?;
+        let again = self.sticky.as_ref().and_then(|it| it.affinity.last(it.service, it.client, now));
+        let choice = group.choose(again, &self.tried, now)?;
         let (member, probe) = (choice.member, choice.probe);
+        if let Some(Sticky { affinity, service, client, timeout }) = &self.sticky {
+            affinity.note(*service, *client, member.destination.address, now + *timeout);
+        }
         member.health.begin();
         self.observe.picked(member.locality, made > 0);
         self.tried.push(Arc::clone(&member.health));
@@ -308,6 +332,33 @@ mod tests {
             assert!(tries.next(now).is_none(), "nobody else will do");
         }
         assert_eq!(bench.metric("hauberk_balance_ejections_total"), "0");
+    }
+
+    #[test]
+    fn a_sticky_service_sends_a_client_to_the_same_endpoint_while_that_is_well_and_the_client_comes() {
+        let mut now = Instant::now();
+        let endpoints: Vec<_> = ["a", "b", "c", "d", "e"].into_iter().map(|name| (name, "n3")).collect();
+        let bench = Bench::sticky(&endpoints, Duration::from_secs(60));
+        let first = name(&bench.pick(now));
+        for _ in 0..50 {
+            now += Duration::from_secs(59);
+            assert_eq!(name(&bench.pick(now)), first, "each connection begins the time anew");
+        }
+        // Another one for whoever comes too late: the same by chance at most.
+        let mut met: Vec<_> = (0..50)
+            .map(|_| {
+                now += Duration::from_secs(60);
+                name(&bench.pick(now))
+            })
+            .collect();
+        met.sort();
+        met.dedup();
+        assert!(met.len() > 1, "{met:?}");
+        // One that fails is left, and the client stays where it came to.
+        let stuck = name(&bench.pick(now));
+        let moved = connect(&bench, now, &|name| name == stuck).unwrap();
+        assert_ne!(moved, stuck);
+        assert_eq!(connect(&bench, now, &|_| false), Some(moved));
     }
 
     #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
 //! What the machine offers besides the kernel's features, and whether a configuration fits it.
 
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
@@ -9,11 +9,14 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::Found;
 use crate::capture::mount;
-use crate::config::AgentConfig;
-use crate::directory::file;
+use crate::config::{AgentConfig, DirectoryConfig, KubernetesConfig};
+use crate::directory::{file, kubernetes};
 use crate::identity::bundle::TrustBundle;
 use crate::policy::Policies;
 use crate::tls::provider;
+
+/// How long `hauberk check` waits for the API server.
+const API_SERVER_LIMIT: Duration = Duration::from_secs(10);
 
 pub(super) fn checks() -> Vec<Found> {
     vec![files(), crypto(), clock()]
@@ -53,7 +56,7 @@ fn clock() -> Found {
         let mut timex: libc::timex = std::mem::zeroed();
         (libc::adjtimex(&raw mut timex), timex)
     };
-    let year_2025 = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_735_689_600);
+    let year_2025 = SystemTime::UNIX_EPOCH + Duration::from_secs(1_735_689_600);
     if SystemTime::now() < year_2025 {
         return Found::fail(NAME, "the clock is before 2025", "set it: certificates would not be valid yet");
     }
@@ -85,10 +88,14 @@ pub(super) fn configuration(path: &Path) -> Vec<Found> {
 
 fn directory(config: &AgentConfig) -> Found {
     const NAME: &str = "directory";
-    match file::load(&config.directory.file, &config.trust_domain) {
+    let file = match &config.directory {
+        DirectoryConfig::File(file) => file,
+        DirectoryConfig::Kubernetes(cluster) => return api_server(config, cluster),
+    };
+    match file::load(file, &config.trust_domain) {
         Ok(directory) => {
             let here = directory.enrolled_on(&config.node).count();
-            let all = directory.workloads().len();
+            let all = directory.workloads().count();
             if here == 0 {
                 return Found::warn(
                     NAME,
@@ -99,6 +106,25 @@ fn directory(config: &AgentConfig) -> Found {
             Found::ok(NAME, format!("{all} workloads, {here} on this node"))
         }
         Err(error) => Found::fail(NAME, error.to_string(), "correct the file"),
+    }
+}
+
+fn api_server(config: &AgentConfig, cluster: &KubernetesConfig) -> Found {
+    const NAME: &str = "API server";
+    const MEND: &str = "correct directory.kubernetes, or grant what is missing";
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Found::fail(NAME, error.to_string(), "free some threads or files"),
+    };
+    let asked = runtime.block_on(async {
+        let connection = kubernetes::Connection::new(cluster, &config.trust_domain, Some(&config.node));
+        let connection = connection.await.map_err(|error| error.to_string())?;
+        let asking = tokio::time::timeout(API_SERVER_LIMIT, kubernetes::probe(&connection));
+        asking.await.unwrap_or_else(|_| Err(format!("no answer within {API_SERVER_LIMIT:?}")))
+    });
+    match asked {
+        Ok(()) => Found::ok(NAME, "answers, and lets this agent read what it needs"),
+        Err(error) => Found::fail(NAME, error, MEND),
     }
 }
 

@@ -4,10 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{Directory, Live, Mode, Node, Service, Workload};
+use super::{Directory, Endpoint, Live, Mode, NetnsAt, Node, Service, Target, Workload};
 use crate::config::{self, ConfigError, Fault, read_yaml};
 use crate::identity::{SpiffeId, TrustDomain};
 
@@ -53,8 +54,30 @@ struct ServiceEntry {
     namespace: String,
     addresses: Vec<IpAddr>,
     ports: Vec<PortEntry>,
-    /// `namespace/name` of workloads.
-    endpoints: Vec<String>,
+    endpoints: Vec<EndpointEntry>,
+    #[serde(default)]
+    local_only: bool,
+    affinity_seconds: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum EndpointEntry {
+    /// `namespace/name` of a workload.
+    Name(String),
+    More(MoreOfEndpoint),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct MoreOfEndpoint {
+    workload: String,
+    /// Instead of the service's.
+    ports: Option<Vec<PortEntry>>,
+    #[serde(default)]
+    draining: bool,
+    #[serde(default)]
+    zones: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -107,7 +130,7 @@ fn build(document: Document, domain: &TrustDomain) -> Result<Directory, Fault> {
             node: entry.node,
             addresses,
             mode: entry.mode,
-            netns: entry.netns,
+            netns: entry.netns.map(NetnsAt::File),
         });
         ordered.push(Arc::clone(&workload));
         if workloads.insert(key, workload).is_some() {
@@ -150,26 +173,53 @@ fn service(
     taken: &mut HashSet<IpAddr>,
 ) -> Result<Arc<Service>, Fault> {
     let at = |field: &str| format!("services[{index}] ({}/{}).{field}", entry.namespace, entry.name);
-    let mut ports = HashMap::new();
-    for port in &entry.ports {
-        if port.port == 0 || port.target_port == 0 {
-            return Err((at("ports"), "a port must not be 0".into()));
-        }
-        if ports.insert(port.port, port.target_port).is_some() {
-            return Err((at("ports"), format!("port {} is given twice", port.port)));
-        }
+    let targets = targets(&entry.ports).map_err(|e| (at("ports"), e))?;
+    let mut endpoints = Vec::new();
+    for endpoint in &entry.endpoints {
+        let (name, more) = match endpoint {
+            EndpointEntry::Name(name) => (name, None),
+            EndpointEntry::More(more) => (&more.workload, Some(more)),
+        };
+        let workload = workloads.get(name).ok_or_else(|| {
+            (at("endpoints"), format!("no workload is called {name} (write namespace/name)"))
+        })?;
+        let own = more.and_then(|more| more.ports.as_deref());
+        let targets = match own.map(self::targets) {
+            Some(own) => own.map_err(|e| (at("endpoints"), format!("{name}: {e}")))?,
+            None => Arc::clone(&targets),
+        };
+        endpoints.extend(workload.addresses.iter().map(|address| Endpoint {
+            workload: Arc::clone(workload),
+            address: *address,
+            targets: Arc::clone(&targets),
+            is_draining: more.is_some_and(|more| more.draining),
+            zones: more.map(|more| more.zones.as_slice()).unwrap_or_default().into(),
+        }));
     }
-    let endpoints = entry
-        .endpoints
-        .iter()
-        .map(|name| {
-            workloads.get(name).map(Arc::clone).ok_or_else(|| {
-                (at("endpoints"), format!("no workload is called {name} (write namespace/name)"))
-            })
-        })
-        .collect::<Result<_, Fault>>()?;
     let addresses = addresses(&entry.addresses, taken).map_err(|e| (at("addresses"), e))?;
-    Ok(Arc::new(Service { name: entry.name, namespace: entry.namespace, addresses, ports, endpoints }))
+    Ok(Arc::new(Service {
+        name: entry.name,
+        namespace: entry.namespace,
+        addresses,
+        ports: targets.iter().map(|target| target.port).collect(),
+        endpoints,
+        local_only: entry.local_only,
+        affinity: entry.affinity_seconds.map(Duration::from_secs),
+    }))
+}
+
+fn targets(ports: &[PortEntry]) -> Result<Arc<[Target]>, String> {
+    let mut targets: Vec<Target> = Vec::new();
+    for PortEntry { port, target_port } in ports {
+        if *port == 0 || *target_port == 0 {
+            return Err("a port must not be 0".into());
+        }
+        if targets.iter().any(|target| target.port == *port) {
+            return Err(format!("port {port} is given twice"));
+        }
+        targets.push(Target { port: *port, target: *target_port });
+    }
+    Ok(targets.into())
 }
 
 /// Checks addresses, and that nobody else has them.
@@ -191,18 +241,30 @@ fn addresses(listed: &[IpAddr], taken: &mut HashSet<IpAddr>) -> Result<Vec<IpAdd
     Ok(addresses)
 }
 
+/// Takes what was read into use.
+pub(super) fn take(live: &Live, directory: Directory) {
+    live.standing().heard("workloads", true);
+    live.standing().objects("workloads", directory.workloads().count());
+    live.standing().objects("nodes", directory.node_count());
+    live.replace(directory);
+}
+
 /// Runs for ever: reads the file again when it changes. A bad file changes nothing, and is said once.
 pub async fn watch(path: PathBuf, domain: TrustDomain, live: Arc<Live>) {
     let file = path.clone();
-    let take = move |loaded: Result<Directory, ConfigError>| match loaded {
+    let took = move |loaded: Result<Directory, ConfigError>| match loaded {
         Ok(directory) => {
-            let workloads = directory.workloads().len();
+            let workloads = directory.workloads().count();
             tracing::info!(file = %file.display(), workloads, "directory read");
-            live.replace(directory);
+            take(&live, directory);
         }
-        Err(error) => tracing::error!(%error, "the directory stays as it was"),
+        Err(error) => {
+            live.standing().failed("file");
+            live.standing().fault("workloads", &error.to_string());
+            tracing::error!(%error, "the directory stays as it was");
+        }
     };
-    config::watch::watch(path, move |path| load(path, &domain), take).await;
+    config::watch::watch(path, move |path| load(path, &domain), took).await;
 }
 
 #[cfg(test)]
@@ -230,7 +292,7 @@ workloads:
         let to = |address: &str| {
             directory.resolve(address.parse().unwrap()).map(|to| match to {
                 Resolved::Workload(destination) => destination,
-                Resolved::Service(endpoints) => endpoints.destinations().next().unwrap(),
+                Resolved::Service(endpoints) => endpoints.for_clients_on("n1", None).remove(0),
             })
         };
         assert_eq!(to("10.96.0.1:80").unwrap().address, "10.2.0.2:8080".parse().unwrap());
@@ -254,13 +316,46 @@ services:
 ";
         let directory = parse(text).unwrap();
         let to = |address: &str| match directory.resolve(address.parse().unwrap()) {
-            Ok(Resolved::Service(all)) => all.destinations().map(|d| d.address.to_string()).collect(),
+            Ok(Resolved::Service(all)) => {
+                let all = all.for_clients_on("n1", None);
+                all.iter().map(|d| d.address.to_string()).collect()
+            }
             other => vec![format!("{other:?}")],
         };
         assert_eq!(to("10.96.0.1:80"), ["10.1.0.1:81", "10.1.0.2:81"]);
         assert_eq!(to("[::ffff:10.96.0.1]:80"), ["10.1.0.1:81", "10.1.0.2:81"]);
         assert_eq!(to("[fd96::1]:80"), ["[fd00::1]:81"]);
         assert_eq!(to("[fd96::2]:80"), ["Err(NoEndpoint)"]);
+    }
+
+    #[test]
+    fn endpoints_may_differ_in_ports_and_stop_and_services_may_be_local_or_sticky() {
+        let text = format!(
+            "{TWO}services:
+  - name: s
+    addresses: [10.96.0.1]
+    ports: [{{port: 80, targetPort: 81}}]
+    endpoints: [shop/a, {{workload: shop/b, ports: [{{port: 80, targetPort: 82}}], zones: [z]}}]
+    affinitySeconds: 60
+  - {{name: l, addresses: [10.96.0.2], ports: [{{port: 80, targetPort: 81}}], endpoints: [shop/a, shop/b], localOnly: true}}
+  - name: d
+    addresses: [10.96.0.3]
+    ports: [{{port: 80, targetPort: 81}}]
+    endpoints: [shop/a, {{workload: shop/b, draining: true}}]
+"
+        );
+        let directory = parse(&text).unwrap();
+        let to = |address: &str, node: &str| match directory.resolve(address.parse().unwrap()) {
+            Ok(Resolved::Service(all)) => {
+                let to = all.for_clients_on(node, Some("z"));
+                (all.service.affinity, to.iter().map(|d| d.address.to_string()).collect::<Vec<_>>())
+            }
+            other => panic!("{other:?}"),
+        };
+        let sticky = Some(Duration::from_secs(60));
+        assert_eq!(to("10.96.0.1:80", "n1"), (sticky, vec!["10.1.0.2:81".into(), "10.2.0.2:82".into()]));
+        assert_eq!(to("10.96.0.2:80", "n2"), (None, vec!["10.2.0.2:81".into()]));
+        assert_eq!(to("10.96.0.3:80", "n2"), (None, vec!["10.1.0.2:81".into()]));
     }
 
     #[test]
@@ -282,6 +377,10 @@ services:
             (
                 "services: [{name: s, addresses: [10.0.0.1], ports: [{port: 0, targetPort: 1}], endpoints: []}]",
                 "ports",
+            ),
+            (
+                "workloads: [{name: a, node: n, addresses: [10.0.0.1]}]\nservices: [{name: s, addresses: [10.0.0.2], ports: [], endpoints: [{workload: default/a, ports: [{port: 1, targetPort: 0}]}]}]",
+                "services[0] (default/s).endpoints: default/a: a port must not be 0",
             ),
             ("nodes: [{name: 'a b', address: 10.0.0.1}]", "nodes[0] (a b).name"),
             ("nodes: [{name: a, address: 127.0.0.1}]", "nodes[0] (a).address"),

@@ -13,18 +13,20 @@ pub enum Format {
     Json,
 }
 
+/// The library tells of each denial by the API server, at every try; we do once, with what to do. A filter
+/// that names it wins.
+const QUIET: &str = "kube_runtime=error";
+
 /// Starts logging to standard error. `filter` is in `RUST_LOG`'s syntax; default `info`.
 ///
 /// # Errors
 /// When the filter cannot be read, or logging was started already.
 pub fn start(format: Format, filter: Option<&str>) -> anyhow::Result<()> {
     let filter = match filter {
-        Some(filter) => EnvFilter::try_new(filter)?,
-        None => match std::env::var("RUST_LOG") {
-            Ok(filter) if !filter.is_empty() => EnvFilter::try_new(filter)?,
-            _ => EnvFilter::try_new("info")?,
-        },
+        Some(filter) => filter.to_owned(),
+        None => std::env::var("RUST_LOG").ok().filter(|it| !it.is_empty()).unwrap_or("info".into()),
     };
+    let filter = EnvFilter::try_new(format!("{QUIET},{filter}"))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {
         Format::Text => lines.with_ansi(std::io::stderr().is_terminal()).try_init(),

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::setup::mirror;
+use crate::setup::debian::mirror;
 use crate::shell::{command, have, output, run, step};
 
 /// Where the programs come from, whatever this machine is.

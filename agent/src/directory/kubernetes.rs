@@ -1,0 +1,17 @@
+//! The directory from Kubernetes: pods, services, EndpointSlices, namespaces and nodes.
+//!
+//! - `objects`: what is read of them
+//! - `rows`: the rules about a single object
+//! - `cluster`: the rules about objects together, and the directory that follows
+//! - `watch`: hears of every change, for as long as the agent lives
+//!
+//! Not read are external addresses of services (`externalIPs`, load balancers: whoever may write a service
+//! could take any destination over) and access policies.
+
+pub mod cluster;
+pub mod objects;
+mod rows;
+mod watch;
+
+pub use rows::MODE_LABEL;
+pub use watch::{ConnectError, Connection, probe, watch};

@@ -1,0 +1,312 @@
+//! Hears of every change in the cluster, for as long as the agent lives.
+//!
+//! Each kind is listed in pages and then watched, with bookmarks; a stream that breaks is taken up where it
+//! was, one that is too old is listed anew. While the API server is away the directory stays as it was.
+//! What comes within [`BATCH`] becomes one new state.
+
+use std::collections::HashSet;
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{self, BoxStream};
+use futures_util::{Stream, StreamExt};
+use kube::api::ListParams;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Config, Error, Resource};
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::cluster::{Cluster, Rules, Update};
+use super::objects::{Kind, Namespace, Node, Pod, Service, Slice};
+use crate::config::KubernetesConfig;
+use crate::directory::Live;
+use crate::identity::TrustDomain;
+
+/// How long a change may wait for others. A new pod takes longer than that to start.
+const BATCH: Duration = Duration::from_millis(100);
+/// How long to wait before the API server is asked again what it serves; half as long again by chance.
+const AGAIN: Duration = Duration::from_secs(2);
+/// Namespaces with what the mesh itself depends on.
+const SYSTEM_NAMESPACE: &str = "kube-system";
+
+/// Why there is no connection to an API server to try.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Not in a pod, and no kubeconfig.
+    #[error(
+        "directory.kubernetes: not in a pod ({0}); run it in one with a service account, or set directory.kubernetes.kubeconfig"
+    )]
+    NotInPod(#[source] kube::config::InClusterError),
+    /// The kubeconfig cannot be used.
+    #[error("directory.kubernetes.kubeconfig: cannot use {}: {source}", path.display())]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: kube::config::KubeconfigError,
+    },
+    /// What it says makes no client.
+    #[error("directory.kubernetes: cannot make a client of the API server: {0}")]
+    Client(#[source] Error),
+}
+
+/// How to reach the API server, and what to make of what it tells.
+pub struct Connection {
+    client: Client,
+    rules: Rules,
+}
+
+impl Connection {
+    /// Reads kubeconfig or service account; connects to nothing yet. `node` is the node whose pods are
+    /// enrolled by this process, if any.
+    ///
+    /// # Errors
+    /// When there is nothing to read, or it cannot be used.
+    pub async fn new(
+        config: &KubernetesConfig,
+        domain: &TrustDomain,
+        node: Option<&str>,
+    ) -> Result<Self, ConnectError> {
+        let server = match &config.kubeconfig {
+            None => Config::incluster().map_err(ConnectError::NotInPod)?,
+            Some(path) => {
+                let named = |source| ConnectError::Kubeconfig { path: path.clone(), source };
+                let read = Kubeconfig::read_from(path).map_err(named)?;
+                let options = KubeConfigOptions::default();
+                Config::from_custom_kubeconfig(read, &options).await.map_err(named)?
+            }
+        };
+        let own = server.default_namespace.clone();
+        // A kubeconfig says where commands go, not where this runs.
+        let own = config.kubeconfig.is_none().then_some(own);
+        let excluded: HashSet<String> = match &config.excluded_namespaces {
+            Some(listed) => listed.iter().cloned().collect(),
+            None => own.into_iter().chain([SYSTEM_NAMESPACE.to_owned()]).collect(),
+        };
+        let rules = Rules {
+            domain: domain.clone(),
+            node: node.map(str::to_owned),
+            default_mode: config.default_mode,
+            excluded,
+        };
+        Ok(Self { client: Client::try_from(server).map_err(ConnectError::Client)?, rules })
+    }
+}
+
+/// Asks the API server for one object of each kind that [`watch`] reads.
+///
+/// # Errors
+/// One line for the first that it cannot have.
+pub async fn probe(connection: &Connection) -> Result<(), String> {
+    async fn one<K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned>(
+        client: &Client,
+        kind: Kind,
+    ) -> Result<(), String> {
+        let api: Api<K> = Api::all_with(client.clone(), &kind);
+        api.list(&ListParams::default().limit(1))
+            .await
+            .map(drop)
+            .map_err(|e| Fault::new("list", kind, &e).words)
+    }
+    let client = &connection.client;
+    let slices = slices_kind(client).await.map_err(|e| Fault::new("discover", Kind::SLICES, &e).words)?;
+    one::<Namespace>(client, Kind::NAMESPACES).await?;
+    one::<Node>(client, Kind::NODES).await?;
+    one::<Service>(client, Kind::SERVICES).await?;
+    one::<Slice>(client, slices).await?;
+    one::<Pod>(client, Kind::PODS).await
+}
+
+/// Runs for ever: follows the cluster.
+pub async fn watch(connection: Connection, live: Arc<Live>) {
+    let Connection { client, rules } = connection;
+    let slices = loop {
+        match slices_kind(&client).await {
+            Ok(kind) => break kind,
+            Err(error) => Fault::new("discover", Kind::SLICES, &error).tell(Kind::SLICES, &live),
+        }
+        sleep(AGAIN.mul_f64(1.0 + 0.5 * fastrand::f64())).await;
+    };
+    let mut updates = stream::select_all([
+        updates::<Namespace>(&client, Kind::NAMESPACES, &live, Update::Namespace),
+        updates::<Node>(&client, Kind::NODES, &live, Update::Node),
+        updates::<Service>(&client, Kind::SERVICES, &live, Update::Service),
+        updates::<Slice>(&client, slices, &live, Update::Slice),
+        updates::<Pod>(&client, Kind::PODS, &live, Update::Pod),
+    ]);
+    let mut cluster = Cluster::new(rules);
+    let mut due: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            Some(update) = updates.next() => {
+                if let Err(unusable) = cluster.update(update) {
+                    live.standing().failed("unusable");
+                    tracing::error!(object = unusable.object, why = unusable.why, "an object cannot be used; it counts as absent");
+                }
+                // A directory without what was not told yet would turn pods out of the mesh.
+                if due.is_none() && cluster.is_read() && (cluster.is_changed() || !live.is_read()) {
+                    due = Some(Instant::now() + BATCH);
+                }
+            }
+            () = until(due) => {
+                due = None;
+                if !live.is_read() {
+                    tracing::info!(objects = ?cluster.counts().map(|(kind, count)| (kind.plural, count)), "the cluster is read");
+                }
+                live.replace(cluster.directory());
+                for (kind, count) in cluster.counts() {
+                    live.standing().objects(kind.plural, count);
+                }
+            }
+        }
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The newest version of EndpointSlices that the server has.
+async fn slices_kind(client: &Client) -> Result<Kind, Error> {
+    match client.list_api_group_resources(&Kind::SLICES.group_version()).await {
+        Ok(_) => Ok(Kind::SLICES),
+        Err(Error::Api(status)) if status.code == 404 => Ok(Kind::SLICES_BETA),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is told of one kind, for ever; faults are told on the way.
+fn updates<K>(
+    client: &Client,
+    kind: Kind,
+    live: &Arc<Live>,
+    wrap: fn(watcher::Event<K>) -> Update,
+) -> BoxStream<'static, Update>
+where
+    K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let api: Api<K> = Api::all_with(client.clone(), &kind);
+    let events = watcher(api, watcher::Config::default()).default_backoff();
+    heard(events, kind, Arc::clone(live)).map(wrap).boxed()
+}
+
+fn heard<K>(
+    events: impl Stream<Item = watcher::Result<watcher::Event<K>>>,
+    kind: Kind,
+    live: Arc<Live>,
+) -> impl Stream<Item = watcher::Event<K>> {
+    events.filter_map(move |event| {
+        let heard = match event {
+            Ok(event) => {
+                // The first event of a list comes before anything was asked.
+                if !matches!(event, watcher::Event::Init) {
+                    live.standing().heard(kind.plural, matches!(event, watcher::Event::InitDone));
+                }
+                Some(event)
+            }
+            Err(error) => {
+                Fault::of_watcher(kind, &error).tell(kind, &live);
+                None
+            }
+        };
+        std::future::ready(heard)
+    })
+}
+
+/// What came instead of objects.
+struct Fault {
+    /// One of a fixed set.
+    reason: &'static str,
+    words: String,
+}
+
+impl Fault {
+    fn of_watcher(kind: Kind, error: &watcher::Error) -> Self {
+        match error {
+            watcher::Error::InitialListFailed(error) => Self::new("list", kind, error),
+            watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
+                Self::new("watch", kind, error)
+            }
+            watcher::Error::WatchError(status) => Self::answered("watch", kind, status.code, &status.message),
+            watcher::Error::NoResourceVersion => {
+                Self { reason: "malformed", words: format!("cannot watch {}: {error}", kind.plural) }
+            }
+        }
+    }
+
+    fn new(verb: &str, kind: Kind, error: &Error) -> Self {
+        let plural = kind.plural;
+        match error {
+            Error::Api(status) => Self::answered(verb, kind, status.code, &status.message),
+            Error::SerdeError(_) | Error::FromUtf8(_) | Error::LinesCodecMaxLineLengthExceeded => {
+                Self { reason: "malformed", words: format!("cannot {verb} {plural}: {}", causes(error)) }
+            }
+            Error::ReadEvents(_) => {
+                Self { reason: "broken", words: format!("cannot {verb} {plural}: {}", causes(error)) }
+            }
+            error => Self {
+                reason: "unreachable",
+                words: format!("cannot {verb} {plural}: the API server cannot be reached: {}", causes(error)),
+            },
+        }
+    }
+
+    fn answered(verb: &str, kind: Kind, code: u16, message: &str) -> Self {
+        let plural = kind.plural;
+        let (reason, remedy) = match code {
+            401 => ("unauthorized", " (are the credentials those of this cluster?)".to_owned()),
+            403 => ("forbidden", format!(" (a ClusterRole must grant list and watch on {plural})")),
+            410 => ("expired", String::new()),
+            _ => ("server", String::new()),
+        };
+        Self {
+            reason,
+            words: format!("cannot {verb} {plural}: the API server answers {code}: {message}{remedy}"),
+        }
+    }
+
+    fn tell(self, kind: Kind, live: &Live) {
+        live.standing().failed(self.reason);
+        // A history that is gone is read again at once.
+        if self.reason != "expired" && live.standing().fault(kind.plural, &self.words) {
+            tracing::error!(error = self.words, "the directory stays as it was; trying again");
+        }
+    }
+}
+
+/// An error with its causes, which its own words do not tell.
+fn causes(error: &Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !words.contains(&more) {
+            words = format!("{words}: {more}");
+        }
+        cause = error.source();
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_denial_names_verb_and_resource_and_what_to_grant() {
+        let fault = Fault::answered("list", Kind::SLICES, 403, "endpointslices is forbidden");
+        assert_eq!(fault.reason, "forbidden");
+        assert!(
+            fault.words.starts_with("cannot list endpointslices: the API server answers 403"),
+            "{}",
+            fault.words
+        );
+        assert!(fault.words.ends_with("(a ClusterRole must grant list and watch on endpointslices)"));
+    }
+}

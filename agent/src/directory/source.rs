@@ -1,0 +1,49 @@
+//! The source that is configured.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use super::{Live, Standing, file, kubernetes};
+use crate::config::{ConfigError, DirectoryConfig};
+use crate::identity::TrustDomain;
+
+/// Why the directory cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigError),
+    /// The API server cannot be asked.
+    #[error(transparent)]
+    Kubernetes(#[from] kubernetes::ConnectError),
+    /// A mistake in our own metrics.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// What keeps the directory true; runs for ever.
+pub type Following = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Opens the source. A file has been read then; a cluster is read by what has to be run.
+///
+/// # Errors
+/// When it can never work as it is configured.
+pub async fn open(
+    config: &DirectoryConfig,
+    domain: &TrustDomain,
+    node: Option<&str>,
+) -> Result<(Arc<Live>, Following), OpenError> {
+    let live = Live::new(Standing::new()?);
+    let following: Following = match config {
+        DirectoryConfig::File(path) => {
+            file::take(&live, file::load(path, domain)?);
+            Box::pin(file::watch(PathBuf::clone(path), domain.clone(), Arc::clone(&live)))
+        }
+        DirectoryConfig::Kubernetes(config) => {
+            let connection = kubernetes::Connection::new(config, domain, node).await?;
+            Box::pin(kubernetes::watch(connection, Arc::clone(&live)))
+        }
+    };
+    Ok((live, following))
+}
