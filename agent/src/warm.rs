@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use crate::directory::{Directory, Mode, Node};
 use crate::identity::SpiffeId;
@@ -118,7 +118,7 @@ pub(crate) async fn run(shard: Shard, mut recent: Recent) {
                     missing.insert(key.destination.clone(), Missing { key, tries: tries_made, next });
                 }
             }
-            () = until(next) => {
+            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
                 let now = Instant::now();
                 if save_at.is_some_and(|at| at <= now) {
                     save_at = None;
@@ -146,25 +146,15 @@ async fn reach(shard: Shard, key: Key, tries: usize) -> Tried {
     if matches!(outcome, Ok(true)) {
         // Whoever misses it dials when it needs to.
         let _ = shard.words.send(Word::Ahead(key.clone()));
-        let [ours, theirs] =
-            [&shard.node, &key.destination].map(|node| members(&shard.directory.load(), node));
+        let directory = shard.directory.load();
+        let [ours, theirs] = [&shard.node, &key.destination].map(|node| {
+            let enrolled = directory.enrolled_on(node.node_name().unwrap_or_default());
+            enrolled.map(|workload| workload.id.clone()).collect()
+        });
+        drop(directory);
         shard.pool.acquaint(&key, ours, theirs).await;
     }
     (key, tries, outcome)
-}
-
-/// The workloads of a node that are in the mesh.
-fn members(directory: &Directory, node: &SpiffeId) -> Vec<SpiffeId> {
-    let node = node.node_name().unwrap_or_default();
-    let members = directory.workloads().filter(|w| w.mode != Mode::Off && w.node == node);
-    members.map(|workload| workload.id.clone()).collect()
-}
-
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]
