@@ -120,13 +120,13 @@ impl Slot {
 
     /// Who has proven themselves on its connections, to both sides: first ours, then theirs.
     pub(super) fn met(&self) -> [Vec<SpiffeId>; 2] {
-        let proofs = self.pooled.iter().filter_map(|p| p.proofs.as_ref());
-        proofs.map(|proofs| proofs.met()).fold(Default::default(), |[mut ours, mut theirs], met| {
-            let [more_ours, more_theirs] = met;
-            ours.extend(more_ours);
-            theirs.extend(more_theirs);
-            [ours, theirs]
-        })
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for proofs in self.pooled.iter().filter_map(|p| p.proofs.as_ref()) {
+            let [here, there] = proofs.met();
+            ours.extend(here);
+            theirs.extend(there);
+        }
+        [ours, theirs]
     }
 
     /// Whether there is a connection, or was when somebody looked last.
