@@ -24,18 +24,9 @@ pub use config::AuthorityConfig;
 pub use service::Counters;
 use service::Service;
 
-/// The generated gRPC code of `proto/authority.proto`.
-pub mod proto {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        unused_qualifications,
-        clippy::all,
-        clippy::allow_attributes_without_reason,
-        clippy::clone_on_ref_ptr,
-        reason = "generated"
-    )]
-    tonic::include_proto!("hauberk.authority.v1");
+generated! {
+    /// The generated gRPC code of `proto/authority.proto`.
+    proto: "hauberk.authority.v1"
 }
 
 /// Runs the authority until `stop` is cancelled.

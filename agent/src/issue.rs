@@ -201,6 +201,11 @@ pub fn check(svid: &X509Svid, id: &SpiffeId, bundle: &TrustBundle, now: SystemTi
     Ok(())
 }
 
+/// The chain in an issuer's PEM, without roots.
+fn chain_from_pem(text: &str) -> Result<Vec<CertificateDer<'static>>, rustls::pki_types::pem::Error> {
+    CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<_, _>>().map(without_roots)
+}
+
 /// A chain without the roots that some issuers put at its end: peers have them, or trust them not at all.
 fn without_roots(mut chain: Vec<CertificateDer<'static>>) -> Vec<CertificateDer<'static>> {
     let mut is_leaf = true;

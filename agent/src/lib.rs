@@ -22,6 +22,25 @@
 // The exceptions are at the kernel boundary, and each says why.
 #![deny(unsafe_code)]
 
+/// The gRPC code that was generated of one protocol: `module: "package"`. Our lints are not held against it.
+macro_rules! generated {
+    ($(#[$doc:meta])* $module:ident: $package:literal) => {
+        $(#[$doc])*
+        #[allow(
+            missing_docs,
+            unreachable_pub,
+            unused_qualifications,
+            clippy::all,
+            clippy::allow_attributes_without_reason,
+            clippy::clone_on_ref_ptr,
+            reason = "generated"
+        )]
+        pub mod $module {
+            tonic::include_proto!($package);
+        }
+    };
+}
+
 pub mod config;
 pub mod verdict;
 

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::BoxFuture;
+use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::bundle_file::BundleFile;
-use super::{IssueError, Issuer, Obtained, without_roots};
+use super::{IssueError, Issuer, Obtained, chain_from_pem};
 use crate::config::issuer::FilesConfig;
 use crate::config::read_text;
 use crate::config::watch::{LOOK_EVERY, Stamp, stamp};
@@ -114,8 +114,7 @@ fn is_chain(path: &Path) -> bool {
 
 fn read(path: &Path) -> Result<X509Svid, String> {
     let text = read_text(path).map_err(|e| e.to_string())?;
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-    let chain = without_roots(chain.map_err(|e| format!("not PEM: {e}"))?);
+    let chain = chain_from_pem(&text).map_err(|e| format!("not PEM: {e}"))?;
     let key = match PrivateKeyDer::from_pem_slice(text.as_bytes()) {
         Ok(key) => key,
         Err(_) => {

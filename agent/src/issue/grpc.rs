@@ -1,6 +1,7 @@
 //! What all issuers that are asked over the network share: connecting, and errors in our words.
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
@@ -11,11 +12,29 @@ use tokio_rustls::client::TlsStream;
 use tonic::{Code, Status};
 
 use super::IssueError;
+use crate::config::read_text;
+use crate::tls;
 
 /// TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For an answer.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What verifies a server by the name `host`, which `field` says, under the roots in a file.
+pub(super) fn verifying(
+    host: &str,
+    field: &str,
+    roots: &Path,
+    alpn: &[u8],
+) -> Result<(TlsConnector, ServerName<'static>), IssueError> {
+    let host = host.trim_matches(['[', ']']);
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|_| IssueError::Ours(format!("{field}: {host} is no name of a host")))?;
+    let pem = read_text(roots).map_err(|error| IssueError::Ours(error.to_string()))?;
+    let config = tls::client::named(pem.as_bytes(), alpn)
+        .map_err(|error| IssueError::Ours(format!("{}: {error}", roots.display())))?;
+    Ok((TlsConnector::from(config), name))
+}
 
 /// Connects to `address` (`host:port`). `None` for a server that is verified by its SPIFFE ID.
 pub(super) async fn connect(

@@ -8,17 +8,14 @@ use std::path::Path;
 
 use futures_util::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::sync::Mutex;
-use tokio_rustls::TlsConnector;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 
 use super::bundle_file::BundleFile;
 use super::grpc::{self, CALL_TIMEOUT};
-use super::{IssueError, Issued, Signer, pem, without_roots};
+use super::{IssueError, Issued, Signer, chain_from_pem, pem};
 use crate::config::issuer::IstioConfig;
 use crate::config::read_text;
 use crate::config::watch::{Stamp, stamp};
@@ -29,18 +26,9 @@ use crate::verdict::IssuerKind;
 use proto::IstioCertificateRequest;
 use proto::istio_certificate_service_client::IstioCertificateServiceClient;
 
-/// The generated gRPC code of `proto/istio_ca.proto`.
-pub mod proto {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        unused_qualifications,
-        clippy::all,
-        clippy::allow_attributes_without_reason,
-        clippy::clone_on_ref_ptr,
-        reason = "generated"
-    )]
-    tonic::include_proto!("istio.v1.auth");
+generated! {
+    /// The generated gRPC code of `proto/istio_ca.proto`.
+    proto: "istio.v1.auth"
 }
 
 /// An Istio CA, as one node's agent asks it.
@@ -75,13 +63,8 @@ impl IstioIssuer {
 
     fn make_channel(&self, roots: &Path) -> Result<Channel, IssueError> {
         let address = self.config.address.clone();
-        let host = address.rsplit_once(':').map_or(&*address, |(host, _)| host).trim_matches(['[', ']']);
-        let name = ServerName::try_from(host.to_owned())
-            .map_err(|_| IssueError::Ours(format!("issuer.istio.address: {host} is no name of a host")))?;
-        let pem = read_text(roots).map_err(|error| IssueError::Ours(error.to_string()))?;
-        let config = tls::client::named(pem.as_bytes(), tls::ALPN_H2)
-            .map_err(|error| IssueError::Ours(format!("{}: {error}", roots.display())))?;
-        let connector = TlsConnector::from(config);
+        let host = address.rsplit_once(':').map_or(&*address, |(host, _)| host);
+        let (connector, name) = grpc::verifying(host, "issuer.istio.address", roots, tls::ALPN_H2)?;
         let connect = move |_: Uri| {
             let (connector, address, name) = (connector.clone(), address.clone(), name.clone());
             async move { grpc::connect(connector, address, Some(name)).await.map(TokioIo::new) }
@@ -111,9 +94,8 @@ impl IstioIssuer {
             IstioCertificateServiceClient::new(self.channel().await?).create_certificate(request).await;
         let answer = answer.map_err(|status| self.failed(&status))?.into_inner();
         let text = answer.cert_chain.join("\n");
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-        let chain = chain.map_err(|e| self.unusable(format!("the chain is not PEM: {e}")))?;
-        Ok(Issued { chain: without_roots(chain), bundle: None })
+        let chain = chain_from_pem(&text).map_err(|e| self.unusable(format!("the chain is not PEM: {e}")))?;
+        Ok(Issued { chain, bundle: None })
     }
 
     fn failed(&self, status: &Status) -> IssueError {

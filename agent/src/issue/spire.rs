@@ -34,32 +34,14 @@ use delegated::{Selector, SubscribeToX509sviDsRequest};
 use workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use workload::{X509BundlesRequest, X509BundlesResponse, X509svidRequest};
 
-/// The generated gRPC code of `proto/spiffe_workload.proto`.
-pub mod workload {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        unused_qualifications,
-        clippy::all,
-        clippy::allow_attributes_without_reason,
-        clippy::clone_on_ref_ptr,
-        reason = "generated"
-    )]
-    tonic::include_proto!("_");
+generated! {
+    /// The generated gRPC code of `proto/spiffe_workload.proto`.
+    workload: "_"
 }
 
-/// The generated gRPC code of `proto/spire_delegated_identity.proto`.
-pub mod delegated {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        unused_qualifications,
-        clippy::all,
-        clippy::allow_attributes_without_reason,
-        clippy::clone_on_ref_ptr,
-        reason = "generated"
-    )]
-    tonic::include_proto!("spire.api.agent.delegatedidentity.v1");
+generated! {
+    /// The generated gRPC code of `proto/spire_delegated_identity.proto`.
+    delegated: "spire.api.agent.delegatedidentity.v1"
 }
 
 /// One SVID as it was sent.

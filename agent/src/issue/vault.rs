@@ -5,7 +5,6 @@
 //! alone, never from Vault's answer.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -14,24 +13,20 @@ use http::{Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
 use super::bundle_file::BundleFile;
 use super::grpc::{self, CALL_TIMEOUT};
-use super::{IssueError, Issued, Signer, pem, without_roots};
+use super::{IssueError, Issued, Signer, chain_from_pem, pem};
 use crate::config::issuer::{VaultAuth, VaultConfig};
 use crate::config::read_text;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::{SpiffeId, TrustDomain};
-use crate::tls;
 use crate::verdict::IssuerKind;
 
 /// No answer of Vault's to us is as large.
@@ -98,9 +93,8 @@ impl VaultIssuer {
         let Certificates { certificate, ca_chain, issuing_ca } = signed.data;
         let above = if ca_chain.is_empty() { issuing_ca } else { ca_chain.join("\n") };
         let text = format!("{certificate}\n{above}");
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-        let chain = chain.map_err(|e| self.unusable(format!("the chain is not PEM: {e}")))?;
-        Ok(Issued { chain: without_roots(chain), bundle: None })
+        let chain = chain_from_pem(&text).map_err(|e| self.unusable(format!("the chain is not PEM: {e}")))?;
+        Ok(Issued { chain, bundle: None })
     }
 
     async fn token(&self) -> Result<String, IssueError> {
@@ -185,13 +179,8 @@ impl VaultIssuer {
     ) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, IssueError> {
         // Both were checked when the configuration was read.
         let file = self.config.server_bundle.as_deref().unwrap_or(&self.config.trust_bundle);
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-        let name = ServerName::try_from(host.to_owned())
-            .map_err(|_| IssueError::Ours(format!("issuer.vault.address: {host} is no name of a host")))?;
-        let roots = read_text(file).map_err(|error| IssueError::Ours(error.to_string()))?;
-        let config = tls::client::named(roots.as_bytes(), b"http/1.1")
-            .map_err(|error| IssueError::Ours(format!("{}: {error}", file.display())))?;
-        let connector = TlsConnector::from(Arc::clone(&config));
+        let host = uri.host().unwrap_or_default();
+        let (connector, name) = grpc::verifying(host, "issuer.vault.address", file, b"http/1.1")?;
         let connected = grpc::connect(connector, dialled(uri), Some(name)).await;
         connected.map_err(|e| IssueError::Unreachable { issuer: self.name(), detail: e.to_string() })
     }

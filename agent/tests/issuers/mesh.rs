@@ -8,6 +8,7 @@ use hauberk::ca::{Ca, ProvenKey, create_root};
 use hauberk::identity::bundle::TrustBundle;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::keep::Keep;
+pub(crate) use hauberk::issue::pem;
 use hauberk::issue::{Issuer, Keypair};
 use hauberk::rotate::{Rotator, Status, follow_bundle};
 use hauberk::telemetry::{Metrics, Observe};
@@ -61,10 +62,9 @@ pub(crate) struct Mesh {
 
 impl Mesh {
     pub(crate) fn new() -> Self {
-        let pem = create_root(&domain(), SystemTime::now()).unwrap();
-        let end = "-----END CERTIFICATE-----\n";
-        let root = pem[..pem.find(end).unwrap() + end.len()].to_owned();
-        Self { ca: Ca::from_pem(domain(), &pem).unwrap(), root }
+        let ca = Ca::from_pem(domain(), &create_root(&domain(), SystemTime::now()).unwrap()).unwrap();
+        let root = pem("CERTIFICATE", &ca.bundle().roots()[0]);
+        Self { ca, root }
     }
 
     /// Signs whatever the request is for, as `id`, for `seconds`.
@@ -86,12 +86,6 @@ impl Mesh {
         let (leaf, key) = self.pair(id, seconds);
         (pem("CERTIFICATE", &leaf), pem("PRIVATE KEY", &key))
     }
-}
-
-pub(crate) fn pem(label: &str, der: &[u8]) -> String {
-    use base64::Engine;
-    let body = base64::engine::general_purpose::STANDARD.encode(der);
-    format!("-----BEGIN {label}-----\n{body}\n-----END {label}-----\n")
 }
 
 pub(crate) fn trust(bundle: TrustBundle) -> Arc<Trust> {
