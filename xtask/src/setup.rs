@@ -186,14 +186,16 @@ fn debian_rust_src() -> Result<PathBuf> {
     shell::run(suite.apt(&["download", &format!("rust-src={version}*")])).with_context(|| {
         format!("Debian has no rust-src {version}; use a toolchain that rustup can complete")
     })?;
-    let package = fs::read_dir(&dir)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|e| e == "deb"))
-        .context("apt-get download left no package")?;
+    let package = file_with(&dir, "deb").context("apt-get download left no package")?;
     let mut unpack = command("dpkg", &["-x".as_ref(), package.as_os_str(), dir.as_os_str()]);
     unpack.current_dir(&dir);
     shell::run(unpack)?;
     fs::remove_file(package)?;
     Ok(unpacked)
+}
+
+/// A file with an extension, if the directory has one.
+fn file_with(dir: &Path, extension: &str) -> Option<PathBuf> {
+    let mut paths = fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path());
+    paths.find(|path| path.extension().is_some_and(|e| e == extension))
 }

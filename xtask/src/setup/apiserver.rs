@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::debian::Suite;
+use super::file_with;
 use crate::shell::{self, command, step, tools};
 
 /// The only version that can be built from packages alone.
@@ -72,11 +73,6 @@ fn renew_reflection(dir: &Path, tree: &Path) -> Result<()> {
     let to = tree.join("vendor/github.com/modern-go/reflect2");
     fs::remove_dir_all(&to)?;
     shell::run(command("cp", &["-rL".as_ref(), from.as_os_str(), to.as_os_str()]))
-}
-
-fn file_with(dir: &Path, extension: &str) -> Option<PathBuf> {
-    let mut paths = fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path());
-    paths.find(|path| path.extension().is_some_and(|e| e == extension))
 }
 
 fn build(tree: &Path) -> Result<()> {

