@@ -14,7 +14,10 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::Value;
 use tests::host::bin;
-use tests::{Mode, Options, World};
+use tests::{Mode, Options, World, wait_until};
+
+/// How long a loaded machine may take.
+const SOON: Duration = Duration::from_secs(20);
 
 /// Somebody else's CA, whose tools write files.
 struct Outside {
@@ -71,14 +74,6 @@ fn write(path: &Path, text: &str) {
     std::fs::rename(path.with_extension("new"), path).unwrap();
 }
 
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < until, "not in time: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn reaches(world: &World, from: &str, to: &str) -> bool {
     world.get(from).host.actor(&["poke", to]).unwrap()["end"] == "data"
 }
@@ -120,7 +115,7 @@ fn revoked_client_is_out_and_the_rest_stays(node_scope: bool) {
     let _echo = world.get("server").host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
     let mut live = world.get("client").host.actor_server(&["stay", &to]).unwrap();
     let _unconcerned = world.get("other").host.actor_server(&["stay", &to]).unwrap();
-    wait_until("both are connected", || {
+    wait_until(SOON, "both are connected", || {
         world.agent_ref("n2").metric("hauberk_connections_open", &["inbound"]).unwrap() == 2.0
     });
     let began = Instant::now();
@@ -132,46 +127,48 @@ fn revoked_client_is_out_and_the_rest_stays(node_scope: bool) {
         let log = world.agent_ref(node).log();
         log.lines().any(|line| line.contains("a CRL is in force") && line.ends_with("entries=1"))
     };
-    wait_until("both agents have it", || in_force("n1") && in_force("n2"));
+    wait_until(SOON, "both agents have it", || in_force("n1") && in_force("n2"));
     assert!(!reaches(&world, "client", &to), "nor is a new one made");
     assert!(reaches(&world, "other", &to));
     let open = || world.agent_ref("n2").metric("hauberk_connections_open", &["inbound"]).unwrap();
-    wait_until("the other's old connection is the only one left", || open() == 1.0);
+    wait_until(SOON, "the other's old connection is the only one left", || open() == 1.0);
     let labels = ["outbound", "reason=\"revoked\""];
     world.agent_ref("n1").wait_metric("hauberk_connections_total", &labels, 1.0).unwrap();
-    wait_until("the log says why", || {
+    wait_until(SOON, "the log says why", || {
         world.agent_ref("n1").log().contains(&format!("serial {serial} in the CRL"))
     });
 
     // What is no good list changes nothing.
     for (bad, says) in [("spoilt", "neither DER nor PEM"), ("", "neither DER nor PEM")] {
         write(&crl, bad);
-        wait_until("the fault is told", || status(&world)["crlErrors"].to_string().contains(says));
+        wait_until(SOON, "the fault is told", || status(&world)["crlErrors"].to_string().contains(says));
         assert!(reaches(&world, "other", &to) && !reaches(&world, "client", &to));
     }
     Outside::new().crl(&crl, 3, &[], DAY);
-    wait_until("another CA's signature is no good", || {
+    wait_until(SOON, "another CA's signature is no good", || {
         status(&world)["crlErrors"].to_string().contains("signature")
     });
     outside.crl(&crl, 1, &[], DAY);
-    wait_until("nor is an older list", || status(&world)["crlErrors"].to_string().contains("older"));
+    wait_until(SOON, "nor is an older list", || status(&world)["crlErrors"].to_string().contains("older"));
     assert!(reaches(&world, "other", &to) && !reaches(&world, "client", &to));
     assert_eq!(world.agent_ref("n2").metric("hauberk_crls_unusable", &[]).unwrap(), 1.0);
     outside.crl(&crl, 3, &[&serial], DAY);
-    wait_until("a good one mends it", || status(&world)["crlErrors"] == Value::Array(Vec::new()));
+    wait_until(SOON, "a good one mends it", || status(&world)["crlErrors"] == Value::Array(Vec::new()));
 
     // A list whose time is over lets nobody in, and cuts who is.
     outside.crl(&crl, 4, &[], Duration::from_secs(3));
-    wait_until("nobody knows what is revoked", || !reaches(&world, "other", &to));
-    wait_until("and the live connection is cut", || open() == 0.0);
-    wait_until("and the operator is told", || status(&world)["crlErrors"].to_string().contains("overdue"));
+    wait_until(SOON, "nobody knows what is revoked", || !reaches(&world, "other", &to));
+    wait_until(SOON, "and the live connection is cut", || open() == 0.0);
+    wait_until(SOON, "and the operator is told", || {
+        status(&world)["crlErrors"].to_string().contains("overdue")
+    });
     outside.crl(&crl, 5, &[&serial], DAY);
-    wait_until("until the next list", || reaches(&world, "other", &to));
+    wait_until(SOON, "until the next list", || reaches(&world, "other", &to));
     assert!(!reaches(&world, "client", &to));
     // Somebody's tool renews it.
     let id = SpiffeId::workload(&outside.domain, "demo", "client").unwrap();
     outside.svid(&world.dir().join("n1/svids"), "client.pem", &id);
-    wait_until("the client's next certificate is another one", || reaches(&world, "client", &to));
+    wait_until(SOON, "the client's next certificate is another one", || reaches(&world, "client", &to));
 }
 
 #[test]

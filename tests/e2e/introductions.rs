@@ -5,11 +5,11 @@
 mod intruder;
 mod siege;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use intruder::lay;
 use siege::id;
-use tests::{Mode, Options, World};
+use tests::{Mode, Options, World, wait_until};
 
 #[test]
 fn an_introduction_admits_nobody_whose_stream_would_not_be_admitted() {
@@ -56,11 +56,9 @@ fn the_first_request_of_workloads_that_have_been_introduced_verifies_nothing() {
         count("hit") + count("miss")
     };
     // Each dials the other: on two connections, both nodes and both workloads.
-    let until = Instant::now() + Duration::from_secs(30);
-    while verified("n1") < 4.0 || verified("n2") < 4.0 {
-        assert!(Instant::now() < until, "n1 {}, n2 {}", verified("n1"), verified("n2"));
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_until(Duration::from_secs(30), "both have verified both ends of both connections", || {
+        verified("n1") >= 4.0 && verified("n2") >= 4.0
+    });
     let before = (verified("n1"), verified("n2"));
     let server = world.get("server");
     let _echo = server.host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();

@@ -2,22 +2,16 @@
 //! while the server is away or denies.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tests::host::assert_reset;
-use tests::{Mode, Options, World};
+use tests::{Mode, Options, World, wait_until};
+
+/// How long a loaded machine may take.
+const SOON: Duration = Duration::from_secs(40);
 
 const WEB: &str = "10.96.0.10:80";
-
-/// Tries until it holds, for as long as a loaded machine takes.
-fn soon(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(40);
-    while !holds() {
-        assert!(Instant::now() < until, "{what}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
 
 /// An API server, and pods `client` on node 1, `one` and `two` on node 2, all strict by label.
 fn world() -> World {
@@ -88,8 +82,8 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
 
     // By the service, whose target port is another number at each pod, and not in plaintext.
     let tap = world.tap().unwrap();
-    soon("both endpoints answer at their own ports", || answers(&world, "one", 8080));
-    soon("both endpoints answer at their own ports", || answers(&world, "two", 9090));
+    wait_until(SOON, "both endpoints answer at their own ports", || answers(&world, "one", 8080));
+    wait_until(SOON, "both endpoints answer at their own ports", || answers(&world, "two", 9090));
     assert_eq!(
         ask(&world).unwrap()["accept"].as_str().unwrap().split(':').next(),
         Some("10.1.1.2"),
@@ -101,10 +95,12 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
 
     // Not ready: it serves no more. Terminating and alone: it serves again.
     slice(&mut world, "one", 8080, json!({"ready": false}));
-    soon("the other serves alone", || (0..10).all(|_| answers(&world, "two", 9090)));
+    wait_until(SOON, "the other serves alone", || (0..10).all(|_| answers(&world, "two", 9090)));
     slice(&mut world, "one", 8080, json!({"ready": false, "serving": true, "terminating": true}));
     slice(&mut world, "two", 9090, json!({"ready": false}));
-    soon("who stops serves when nobody else does", || (0..10).all(|_| answers(&world, "one", 8080)));
+    wait_until(SOON, "who stops serves when nobody else does", || {
+        (0..10).all(|_| answers(&world, "one", 8080))
+    });
     slice(&mut world, "one", 8080, json!({"ready": true}));
 
     // A pod that comes later is enrolled, and one that goes is not known any more.
@@ -114,7 +110,7 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     let reaches = |world: &World, address: &str| {
         world.get("client").host.actor(&["ask", address]).is_ok_and(|seen| seen["server"]["local"] == address)
     };
-    soon("a new pod is enrolled and reached", || {
+    wait_until(SOON, "a new pod is enrolled and reached", || {
         world.agent_ref("n2").log().contains("enrolled workload=\"demo/late\"") && reaches(&world, &late)
     });
     let outside = world.host("out").run("curl", &["-sS", "-m", "3", &format!("http://{late}/")]).unwrap();
@@ -126,7 +122,7 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
         "/api/v1/namespaces/demo/pods/late",
         json!({"metadata": {"labels": {"hauberk.dev/mode": "off"}}}),
     );
-    soon("a pod that is relabelled leaves", || {
+    wait_until(SOON, "a pod that is relabelled leaves", || {
         world.agent_ref("n2").log().contains("removed workload=\"demo/late\"")
     });
     world.host("out").actor(&["ask", &late]).unwrap();
@@ -134,7 +130,7 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     // The server goes away: everything goes on, and it is said.
     let (cluster, _) = world.kubernetes();
     cluster.stop_server();
-    soon("the agent says so", || {
+    wait_until(SOON, "the agent says so", || {
         let (status, body) = world.agent_ref("n1").page("/readyz").unwrap();
         assert_eq!(status, 200, "still ready: {body}");
         body.contains("directory is stale: cannot") && body.contains("the API server cannot be reached")
@@ -145,7 +141,7 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     }
     world.agent("n2").stop(Duration::from_secs(20)).unwrap();
     world.agent("n2").start_again().unwrap();
-    soon("an agent that starts meanwhile says what it waits for", || {
+    wait_until(SOON, "an agent that starts meanwhile says what it waits for", || {
         world
             .agent_ref("n2")
             .page("/readyz")
@@ -159,11 +155,11 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     cluster.start_server(host).unwrap();
     world.agent("n2").wait_ready().unwrap();
     world.delete_pod("two").unwrap();
-    soon("changes are heard again", || {
+    wait_until(SOON, "changes are heard again", || {
         let (_, body) = world.agent_ref("n1").page("/readyz").unwrap();
         world.agent_ref("n2").log().contains("removed workload=\"demo/two\"") && body == "ready\n"
     });
-    soon("and traffic goes on", || ask(&world).is_some());
+    wait_until(SOON, "and traffic goes on", || ask(&world).is_some());
 }
 
 #[test]
@@ -175,7 +171,7 @@ fn a_denial_is_told_with_verb_and_resource_and_ends_when_it_is_lifted() {
     world.start_authority().unwrap();
     world.start_agent("n1").unwrap();
     world.start_agent("n2").unwrap();
-    soon("the agent says what it is denied", || {
+    wait_until(SOON, "the agent says what it is denied", || {
         world.agent_ref("n1").page("/readyz").is_ok_and(|(status, body)| {
             status == 503
                 && body.contains("directory: cannot list ")

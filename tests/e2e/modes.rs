@@ -1,18 +1,12 @@
 //! Strict, permissive and off; enrolment, removal, services and rotation while the agent runs.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tests::{Host, Mode, Options, World};
+use tests::{Host, Mode, Options, World, wait_until};
 
-/// Tries until it holds, for as long as a directory's change may take.
-fn soon(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(10);
-    while !holds() {
-        assert!(Instant::now() < until, "{what}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
+/// How long a directory's change may take.
+const SOON: Duration = Duration::from_secs(10);
 
 fn verdicts(world: &World, node: &str, verdict: &str) -> f64 {
     let label = format!("verdict=\"{verdict}\"");
@@ -40,7 +34,7 @@ fn plaintext_from_outside_is_refused_by_strict_and_counted_by_permissive() {
     assert_eq!(poke(out, &open.v4(8080))["end"], "data");
     assert_eq!(poke(out, &open.v6(8081))["end"], "data");
     assert!(verdicts(&world, "n2", "plaintext_accepted") >= 2.0);
-    soon("the log names source and destination of refused plaintext", || {
+    wait_until(SOON, "the log names source and destination of refused plaintext", || {
         let log = world.agent_ref("n2").log();
         log.contains("plaintext to a strict workload was refused") && log.contains("192.168.60.2 port")
     });
@@ -90,22 +84,24 @@ fn pods_are_enrolled_changed_and_removed_while_the_agent_runs() {
     };
     assert_eq!(poke(&world, "out")["end"], "data", "nobody knows it yet");
     world.write_directory().unwrap();
-    soon("a pod that is added is closed to plaintext", || poke(&world, "out")["connect"] == "refused");
-    soon("and reachable from members", || poke(&world, "client")["end"] == "data");
+    wait_until(SOON, "a pod that is added is closed to plaintext", || {
+        poke(&world, "out")["connect"] == "refused"
+    });
+    wait_until(SOON, "and reachable from members", || poke(&world, "client")["end"] == "data");
 
     world.change("late", |pod| pod.mode = Mode::Permissive).unwrap();
-    soon("permissive: plaintext is accepted", || poke(&world, "out")["end"] == "data");
+    wait_until(SOON, "permissive: plaintext is accepted", || poke(&world, "out")["end"] == "data");
     assert_eq!(poke(&world, "client")["end"], "data");
 
     world.change("late", |pod| pod.mode = Mode::Strict).unwrap();
-    soon("strict again", || poke(&world, "out")["connect"] == "refused");
+    wait_until(SOON, "strict again", || poke(&world, "out")["connect"] == "refused");
 
     world.change("late", |pod| pod.listed = false).unwrap();
-    soon("removed: nothing is captured or refused", || poke(&world, "out")["end"] == "data");
-    soon("from members it is plaintext now", || poke(&world, "client")["end"] == "data");
+    wait_until(SOON, "removed: nothing is captured or refused", || poke(&world, "out")["end"] == "data");
+    wait_until(SOON, "from members it is plaintext now", || poke(&world, "client")["end"] == "data");
 
     std::fs::write(world.directory_file(), "workloads: [{nam: x}]").unwrap();
-    soon("a bad file is said in one line", || {
+    wait_until(SOON, "a bad file is said in one line", || {
         world.agent_ref("n1").log().contains("the directory stays as it was")
     });
     assert_eq!(world.get("client").host.actor(&["poke", &late]).unwrap()["end"], "data");

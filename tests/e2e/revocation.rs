@@ -11,7 +11,7 @@ use hauberk::issue::Keypair;
 use hauberk::tls;
 use serde_json::Value;
 use tests::host::{Actor, bin};
-use tests::{Mode, Options, World};
+use tests::{Mode, Options, World, wait_until};
 use tokio::io::AsyncReadExt;
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -37,14 +37,6 @@ fn stay(world: &World, from: &str, to: &str) -> Actor {
 /// Whether one exchange on a new connection works.
 fn reaches(world: &World, from: &str, to: &str) -> bool {
     world.get(from).host.actor(&["poke", to]).unwrap()["end"] == "data"
-}
-
-fn wait_until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + limit;
-    while !holds() {
-        assert!(Instant::now() < until, "not within {limit:?}: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn open(world: &World, node: &str, direction: &str) -> f64 {

@@ -10,17 +10,12 @@ use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
 use serde_json::Value;
 use tests::host::bin;
-use tests::{Mode, Options, World};
+use tests::{Mode, Options, World, wait_until};
+
+/// How long a loaded machine may take.
+const SOON: Duration = Duration::from_secs(30);
 
 const ISSUED: &str = "hauberk_svid_requests_total";
-
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(30);
-    while !holds() {
-        assert!(Instant::now() < until, "not in time: {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 fn world(options: Options) -> World {
     let mut world = World::new(options).unwrap();
@@ -71,13 +66,13 @@ fn whoever_asked_to_outlive_an_outage_is_told_when_that_margin_is_gone_and_when_
     let at_risk = |world: &World| world.agent_ref("n1").metric("hauberk_availability_at_risk", &[]).unwrap();
     let renewals = |world: &World| world.agent_ref("n1").metric(ISSUED, &["outcome=\"issued\""]).unwrap();
     let first = renewals(&world);
-    wait_until("renewed long before half of their life", || {
+    wait_until(SOON, "renewed long before half of their life", || {
         assert_eq!(at_risk(&world), 0.0);
         renewals(&world) >= first + 4.0
     });
 
     world.stop_authority();
-    wait_until("the margin is gone", || at_risk(&world) == 1.0);
+    wait_until(SOON, "the margin is gone", || at_risk(&world) == 1.0);
     let config = world.agent_ref("n1").config().to_string_lossy().into_owned();
     let status =
         world.host("n1").run(&bin("hauberk").unwrap(), &["status", "-o", "json", "--config", &config]);
@@ -87,9 +82,9 @@ fn whoever_asked_to_outlive_an_outage_is_told_when_that_margin_is_gone_and_when_
     assert!(status["outageMarginSeconds"].as_u64().unwrap() < 15, "{status}");
     let told =
         |world: &World| world.agent_ref("n1").log().contains("ends sooner than availabilityTargetSeconds");
-    wait_until("the log says so", || told(&world));
+    wait_until(SOON, "the log says so", || told(&world));
     world.start_authority().unwrap();
-    wait_until("the margin is back", || at_risk(&world) == 0.0);
+    wait_until(SOON, "the margin is back", || at_risk(&world) == 0.0);
 }
 
 /// Writes an SVID as somebody else's tool would.

@@ -26,3 +26,15 @@ pub use kubernetes::Kubernetes;
 pub use process::{Output, Process};
 pub use tap::{Seen, Tap};
 pub use world::{Pod, World};
+
+/// Tries until it holds, for as long as `limit`; `what` says what should have held.
+///
+/// # Panics
+/// When it does not.
+pub fn wait_until(limit: std::time::Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let until = std::time::Instant::now() + limit;
+    while !holds() {
+        assert!(std::time::Instant::now() < until, "not within {limit:?}: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
