@@ -217,6 +217,7 @@ fn shared(
         observe,
         tunnel: Arc::new(config.tunnel.clone()),
         words: broadcast::Sender::new(WORDS),
+        inboxes: Arc::new([]),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),
         abort: CancellationToken::new(),
@@ -226,9 +227,7 @@ fn shared(
 
 fn start_threads(config: &AgentConfig, shared: &Shared, give_back: fn()) -> Result<Vec<Thread>> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_DEFAULT_WORKERS);
-    (0..config.workers.unwrap_or(cores))
-        .map(|number| Thread::start(number, shared.clone(), give_back))
-        .collect::<Result<_, _>>()
+    Thread::start(config.workers.unwrap_or(cores), shared.clone(), give_back)
         .context("cannot start the data path's threads")
 }
 

@@ -21,7 +21,7 @@ pub const PREFACE_WIRE_BYTES: f64 = 250.0;
 /// A proof beside its certificate chain: signature and framing.
 const PROOF_OVERHEAD_BYTES: f64 = 100.0;
 /// What the letters in the formulas mean. Those after `r` come from the calibration.
-pub const SYMBOLS: [(&str, &str); 28] = [
+pub const SYMBOLS: [(&str, &str); 31] = [
     ("S, P, N, Z", "services, pods, nodes, zones"),
     ("F", "services that each service talks to"),
     ("W", "data-path threads of an agent, each with its own pool"),
@@ -33,8 +33,18 @@ pub const SYMBOLS: [(&str, &str); 28] = [
     ("r", "rotations of one SVID per second: 1 / (0.5 * L)"),
     ("x", "connections per second of one key: C / K"),
     ("h(x)", "dials per second of one key: x * (r + x * e^-((x+r)*T)) / (x + r)"),
-    ("c", "ends of an unused connection between nodes per second: (x + r) / (e^((x+r)*T) - 1)"),
-    ("s", "share of the time that a key has one: W * x / (W * x + c)"),
+    ("R", "pairs of nodes that talk: H * D(A/H * F * E)"),
+    ("z", "connections per second between two nodes that a thread accepts: C / (R * W)"),
+    ("c(x)", "ends of an unused connection between nodes per second: (x + r) / (e^((x+r)*T) - 1)"),
+    (
+        "o",
+        "share of the time that a thread other than the pair's first has a connection of its own: \
+         z * (1 - e^-z) / (z * (1 - e^-z) + c(z))",
+    ),
+    (
+        "s",
+        "share of the time that the first has one: x / (x + c(x)), x = z + (W - 1) * (1 - o) * z * e^-z there",
+    ),
     (
         "p(u)",
         "proofs of an identity with y streams per second on a key: y * (u + y * i) / (y + u), \
@@ -200,10 +210,12 @@ fn storage_formula(way: Way) -> &'static str {
     match way {
         Way::Unpooled | Way::WorkloadScope => "(A + N) * (cert + key)",
         Way::Resumed => "(A + N) * (cert + key) + 2 * K * x / (x + t) * (ticket + cert)",
-        Way::NodeScope => "(A + N) * (cert + key) + (2 * G - proofs / y) * cert",
+        Way::NodeScope => {
+            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert, of first threads and of others"
+        }
         Way::NodeScopeResumed => {
-            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert \
-             + K / W * min(4, 2 * W) * W * x / (W * x + t) * (ticket + cert)"
+            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert, of first threads and of others, \
+             + R * min(4, 2 * K / R) * C / (C + R * t) * (ticket + cert)"
         }
     }
 }

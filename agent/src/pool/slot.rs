@@ -29,6 +29,10 @@ pub(super) enum Otherwise {
     Crowd,
 }
 
+/// A thread that has streams for a node more often than this has a connection to it of its own: handing one over
+/// wakes another thread, and streams that were handed over share its core.
+const OFTEN: Duration = Duration::from_secs(1);
+
 /// Connections of one key that bulk may spread over.
 const MAX_SPREAD: usize = 4;
 
@@ -69,6 +73,8 @@ pub(super) struct Slot {
     dialling: bool,
     /// A connection of a new epoch is going to be made ahead.
     refreshing: bool,
+    /// When a stream was last sent to the thread that has a connection.
+    sent_away: Option<Instant>,
 }
 
 impl Slot {
@@ -132,6 +138,20 @@ impl Slot {
     /// Whether there is a connection, or was when somebody looked last.
     pub(super) fn is_connected(&self) -> bool {
         !self.pooled.is_empty()
+    }
+
+    /// Whether this thread has a connection, or is making one.
+    pub(super) fn has_own(&self) -> bool {
+        self.is_connected() || self.dialling
+    }
+
+    /// Whether the stream that has come now shall be sent to the thread that has a connection.
+    pub(super) fn sends_away(&mut self, now: Instant) -> bool {
+        let often = self.sent_away.is_some_and(|last| now.saturating_duration_since(last) < OFTEN);
+        if !often {
+            self.sent_away = Some(now);
+        }
+        !often
     }
 
     /// A place on the connection with the fewest streams, those without bulk first; or one among those who
