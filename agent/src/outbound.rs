@@ -34,8 +34,8 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
         match accepted {
             Ok((app, source)) => {
                 let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-                let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source);
-                shard.clone().spawn(connection.serve(local.port()));
+                let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source, local.port());
+                shard.clone().spawn(connection.serve());
             }
             Err(error) => shard.accept_failed(local, &error).await,
         }
@@ -49,7 +49,7 @@ struct Connection {
     app: TcpStream,
     way: Way,
     /// A try that another thread began: it is not handed on again.
-    begun: Option<Pick>,
+    begun: Option<Box<Pick>>,
 }
 
 /// How far a connection came, for its log line.
@@ -60,6 +60,8 @@ struct Way {
     destination: Option<SocketAddr>,
     workload: Option<Arc<Workload>>,
     encryption: Encryption,
+    /// The agent's port that it was led to.
+    listener_port: u16,
     policy: Option<Arc<str>>,
 }
 
@@ -86,7 +88,6 @@ pub struct Moved {
     app: std::net::TcpStream,
     way: Way,
     pick: Box<Pick>,
-    listener_port: u16,
     /// The drain waits for it meanwhile.
     _task: TaskTrackerToken,
 }
@@ -94,12 +95,11 @@ pub struct Moved {
 impl Moved {
     /// Goes on with it on this thread.
     pub fn serve(self, shard: Shard) {
-        let Self { pod, app, way, pick, listener_port, _task } = self;
+        let Self { pod, app, way, pick, _task } = self;
         match TcpStream::from_std(app) {
             Ok(app) => {
-                let begun = Some(*pick);
-                let connection = Connection { shard: shard.clone(), pod, app, way, begun };
-                shard.spawn(connection.serve(listener_port));
+                let connection = Connection { shard: shard.clone(), pod, app, way, begun: Some(pick) };
+                shard.spawn(connection.serve());
             }
             Err(error) => way.finish(&shard, &pod, Err(unmoved(&error))),
         }
@@ -113,7 +113,7 @@ fn unmoved(error: &std::io::Error) -> Failure {
 }
 
 impl Connection {
-    fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr) -> Self {
+    fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr, listener_port: u16) -> Self {
         shard.observe.opened(Direction::Outbound);
         let way = Way {
             source,
@@ -121,6 +121,7 @@ impl Connection {
             destination: None,
             workload: None,
             encryption: Encryption::None,
+            listener_port,
             policy: None,
         };
         Self { shard, pod, app, way, begun: None }
@@ -128,19 +129,19 @@ impl Connection {
 
     /// From the original destination to the log line.
     #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
-    fn serve(mut self, listener_port: u16) -> impl Future<Output = ()> {
+    fn serve(mut self) -> impl Future<Output = ()> {
         async move {
-            match self.carry(listener_port).await {
+            match self.carry().await {
                 Ok(End::Relayed(relayed)) => self.finish(Ok(relayed)),
-                Ok(End::Elsewhere(thread, pick)) => self.move_to(thread, pick, listener_port),
+                Ok(End::Elsewhere(thread, pick)) => self.move_to(thread, pick),
                 Err(failure) => self.finish(Err(failure)),
             }
         }
     }
 
-    async fn carry(&mut self, listener_port: u16) -> Result<End, Failure> {
+    async fn carry(&mut self) -> Result<End, Failure> {
         // On the heap, and gone once there is a way: for the rest of its life a connection is only a relay.
-        let (pick, opened) = Box::pin(self.reach(listener_port)).await?;
+        let (pick, opened) = Box::pin(self.reach()).await?;
         let Self { shard, pod, app, way, .. } = self;
         let relayed = match opened {
             Opened::Tunnel(stream) => {
@@ -159,12 +160,12 @@ impl Connection {
     }
 
     /// A way to the original destination: for a service, from the first endpoint tried that gives one.
-    async fn reach(&mut self, listener_port: u16) -> Result<(Pick, Opened), Failure> {
+    async fn reach(&mut self) -> Result<(Pick, Opened), Failure> {
         let shard = self.shard.clone();
-        let begun = self.begun.take();
+        let begun = self.begun.take().map(|pick| *pick);
         let may_move = begun.is_none();
         let original =
-            shard.capture.original_dst(self.way.source, listener_port).ok_or_else(|| Failure {
+            shard.capture.original_dst(self.way.source, self.way.listener_port).ok_or_else(|| Failure {
                 reason: Reason::NoOriginalDestination,
                 detail: "connected to the agent's own listener; it takes captured connections only".into(),
             })?;
@@ -253,12 +254,12 @@ impl Connection {
     }
 
     /// Hands it to another thread of the agent.
-    fn move_to(self, thread: usize, pick: Box<Pick>, listener_port: u16) {
+    fn move_to(self, thread: usize, pick: Box<Pick>) {
         let Self { shard, pod, app, way, .. } = self;
         match app.into_std() {
             Ok(app) => {
                 let _task = shard.tasks.token();
-                shard.send(thread, Moved { pod, app, way, pick, listener_port, _task });
+                shard.send(thread, Moved { pod, app, way, pick, _task });
             }
             Err(error) => way.finish(&shard, &pod, Err(unmoved(&error))),
         }
@@ -280,9 +281,7 @@ impl Way {
     fn finish(self, shard: &Shard, pod: &Pod, outcome: Result<Relayed, Failure>) {
         let (relayed, detail) = match outcome {
             Ok(relayed) => (relayed, "".into()),
-            Err(failure) => {
-                (Relayed { from_app: 0, to_app: 0, reason: failure.reason }, failure.detail)
-            }
+            Err(failure) => (Relayed { from_app: 0, to_app: 0, reason: failure.reason }, failure.detail),
         };
         let record = Finished {
             direction: Direction::Outbound,
@@ -335,7 +334,7 @@ fn has_svids(shard: &Shard, pod: &Pod, route: &Route) -> bool {
 mod tests {
     use super::*;
 
-    fn size<A, B, Task>(_: impl Fn(A, B) -> Task) -> usize {
+    fn size<A, Task>(_: impl Fn(A) -> Task) -> usize {
         size_of::<Task>()
     }
 

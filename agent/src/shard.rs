@@ -24,6 +24,7 @@ use crate::config::TunnelConfig;
 use crate::directory;
 use crate::identity::SpiffeId;
 use crate::inbound::{Front, Node};
+use crate::outbound::{self, Moved};
 use crate::pod::{Pod, Pods};
 use crate::policy::Policies;
 use crate::pool::dial::Dialer;
@@ -33,7 +34,6 @@ use crate::tls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
 use crate::verdict::Reason;
-use crate::outbound::{self, Moved};
 use crate::warm::{self, Recent};
 use crate::{inbound, relay};
 
@@ -165,7 +165,9 @@ impl Thread {
         let (inboxes, moves): (Vec<_>, Vec<_>) = (0..count).map(|_| mpsc::unbounded_channel()).unzip();
         shared.inboxes = inboxes.into();
         let seats = Seat::row().zip(moves).enumerate();
-        seats.map(|(number, (seat, moves))| Self::spawn(number, shared.clone(), seat, moves, give_back)).collect()
+        seats
+            .map(|(number, (seat, moves))| Self::spawn(number, shared.clone(), seat, moves, give_back))
+            .collect()
     }
 
     fn spawn(

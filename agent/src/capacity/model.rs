@@ -21,7 +21,7 @@ pub const PREFACE_WIRE_BYTES: f64 = 250.0;
 /// A proof beside its certificate chain: signature and framing.
 const PROOF_OVERHEAD_BYTES: f64 = 100.0;
 /// What the letters in the formulas mean. Those after `r` come from the calibration.
-pub const SYMBOLS: [(&str, &str); 31] = [
+pub const SYMBOLS: [(&str, &str); 32] = [
     ("S, P, N, Z", "services, pods, nodes, zones"),
     ("F", "services that each service talks to"),
     ("W", "data-path threads of an agent, each with its own pool"),
@@ -39,16 +39,21 @@ pub const SYMBOLS: [(&str, &str); 31] = [
     (
         "o",
         "share of the time that a thread other than the pair's first has a connection of its own: \
-         z * (1 - e^-z) / (z * (1 - e^-z) + c(z))",
+         z * f / (z * f + c(z)), f = (1 - e^-z) / (2 - e^-z)",
     ),
     (
         "s",
-        "share of the time that the first has one: x / (x + c(x)), x = z + (W - 1) * (1 - o) * z * e^-z there",
+        "share of the time that the first has one: x / (x + c(x)), x = z + (W - 1) * (1 - o) * z * (1 - f) there",
     ),
     (
         "p(u)",
         "proofs of an identity with y streams per second on a key: y * (u + y * i) / (y + u), \
          i = (x+u) * e / (y + u + (x-y) * e), e = e^-((x+u)*T)",
+    ),
+    (
+        "q(u)",
+        "the same where it is not the pair's first thread: w * v / (w + v), v = o * c(z) + u, \
+         w = z * (o + (1 - o) * f) * R / G",
     ),
     ("t", "sessions that end per second of a key: max(r, 1 / 3600)"),
     ("A, H", "identities held by agents, over all nodes: min(P, S * N); nodes that hold any: min(N, A)"),
@@ -57,7 +62,7 @@ pub const SYMBOLS: [(&str, &str); 31] = [
     ("I", "SVIDs issued per second: (A + N) * r"),
     ("f, g", "CPU seconds (both sides) of a full and of a resumed handshake"),
     ("b", "CPU seconds to seal a payload byte and open it"),
-    ("q", "CPU seconds to prove an identity and verify the proof"),
+    ("k", "CPU seconds to prove an identity and verify the proof"),
     ("a, i", "CPU seconds to ask for an SVID, and to issue it"),
     ("wf, wr", "wire bytes of a full and of a resumed handshake, with 250 bytes of HTTP/2 preface"),
     ("wq", "wire bytes of a proof: certificate + 100"),
@@ -136,7 +141,7 @@ fn prediction(load: &Load, way: Way, machine: &Calibration) -> Prediction {
         handshake_cores: figure(
             cost.handshake_cores,
             "cores",
-            "full * f + (handshakes - full) * g + proofs * q",
+            "full * f + (handshakes - full) * g + proofs * k",
         ),
         payload_cores: figure(cost.payload_cores, "cores", "B * b"),
         cores: figure(cost.cores, "cores", "handshake cores + payload cores + I * a"),

@@ -147,11 +147,15 @@ impl Slot {
 
     /// Whether the stream that has come now shall be sent to the thread that has a connection.
     pub(super) fn sends_away(&mut self, now: Instant) -> bool {
-        let often = self.sent_away.is_some_and(|last| now.saturating_duration_since(last) < OFTEN);
+        let often = self.has_just_sent(now);
         if !often {
             self.sent_away = Some(now);
         }
         !often
+    }
+
+    fn has_just_sent(&self, now: Instant) -> bool {
+        self.sent_away.is_some_and(|last| now.saturating_duration_since(last) < OFTEN)
     }
 
     /// A place on the connection with the fewest streams, those without bulk first; or one among those who
@@ -202,9 +206,12 @@ impl Slot {
             }
             now.duration_since(*pooled.idle_since.get_or_insert(now)) < idle
         });
+        if !self.has_just_sent(now) {
+            self.sent_away = None;
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.pooled.is_empty() && self.waiting.is_empty() && !self.dialling
+        self.pooled.is_empty() && self.waiting.is_empty() && !self.dialling && self.sent_away.is_none()
     }
 }

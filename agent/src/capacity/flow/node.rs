@@ -24,8 +24,10 @@ const SESSIONS: f64 = 2.0;
 struct Between {
     /// How many each pair of nodes has at most.
     count: f64,
-    /// Streams a second on each.
+    /// Streams a second on each while it is there.
     streams: f64,
+    /// The same over all of the time.
+    carried: f64,
     /// `c`.
     ends: f64,
     /// The share of the time that one is there.
@@ -46,16 +48,19 @@ impl Load {
         let others = self.threads - 1.0;
         // `z`: what each thread accepts.
         let each = self.connections / (self.pairs() * self.threads);
+        // `f`: of what comes where there is none, the first goes to the first thread, as does each that comes
+        // more than a second after the last.
         let often = -(-each).exp_m1();
+        let makes_own = often / (1.0 + often);
         let kept = self.idle + self.open_seconds;
-        let own = |patience| share(each * often, self.ends(each, patience));
+        let own = |patience| share(each * makes_own, self.ends(each, patience));
         let is_own = own(self.idle);
-        // What comes for the first time in a second goes to the first thread, unless this one has its own.
-        let streams = each + others * (1.0 - is_own) * each * (1.0 - often);
+        let streams = each + others * (1.0 - is_own) * each * (1.0 - makes_own);
         let ends = self.ends(streams, self.idle);
         let first = Between {
             count: 1.0,
             streams,
+            carried: streams,
             ends,
             warm: share(streams, ends),
             lasting: share(streams, self.ends(streams, kept)),
@@ -63,6 +68,7 @@ impl Load {
         let other = Between {
             count: others,
             streams: each,
+            carried: each * (is_own + (1.0 - is_own) * makes_own),
             ends: self.ends(each, self.idle),
             warm: is_own,
             lasting: own(kept),
@@ -86,35 +92,38 @@ impl Load {
         y * (rotations + y * idle_first) / (y + rotations)
     }
 
+    /// `q(u)`: the same on the connections of a pair's other threads, where streams of the identity come `y` times
+    /// a second. Between two of them the first thread may have carried any number, so they forget each other.
+    fn proven_elsewhere(&self, between: &Between, y: f64, rotations: f64) -> f64 {
+        let forgotten = between.warm * between.ends + rotations;
+        if y > 0.0 { y * forgotten / (y + forgotten) } else { 0.0 }
+    }
+
     pub(super) fn node_scope(&self) -> Flow {
         let (pairs, both) = (self.pairs(), self.between());
         let [first, other] = &both;
         let over = |of: &dyn Fn(&Between) -> f64| pairs * both.iter().map(|b| b.count * of(b)).sum::<f64>();
         // Each identity on each connection of its agent that carries a stream of it, in one direction.
         let proving = self.held * self.spread(self.fan_out * self.endpoints);
-        let (mut proofs, mut proven) = (0.0, 0.0);
-        for (between, there) in [(first, 1.0), (other, other.count * other.warm)] {
-            let y = between.streams * pairs / proving;
-            let each =
-                self.proven(between, y, 2.0 * self.rotation) + self.proven(between, y, self.rotation);
-            proofs += proving * there * each;
-            proven += if y > 0.0 { proving * there * (2.0 - each / y).max(0.0) } else { 0.0 };
-        }
-        let handshakes = (
-            over(&|b| b.warm * (b.ends + self.rotation)),
-            "R * (s * (c(x) + r) + (W - 1) * o * (c(z) + r))",
-        );
+        let rotations = [2.0 * self.rotation, self.rotation];
+        let [y, other_y] = [first, other].map(|b| b.carried * pairs / proving);
+        let by_first: f64 = rotations.iter().map(|u| self.proven(first, y, *u)).sum();
+        let by_other: f64 = rotations.iter().map(|u| self.proven_elsewhere(other, other_y, *u)).sum();
+        let known = |y: f64, each: f64| if y > 0.0 { (2.0 - each / y).max(0.0) } else { 0.0 };
+        let proven = known(y, by_first) + other.count * other.warm * known(other_y, by_other);
+        let handshakes =
+            (over(&|b| b.warm * (b.ends + self.rotation)), "R * (s * (c(x) + r) + (W - 1) * o * (c(z) + r))");
         Flow {
             keys: (pairs * (1.0 + other.count * other.warm), "R * (1 + (W - 1) * o)"),
             handshakes,
             full: handshakes,
             proofs: (
-                proofs,
-                "G * (p(2*r) + p(r)), G = A * D(F * E), y = x * R / G, and (W - 1) * o times that with z for x",
+                proving * (by_first + other.count * by_other),
+                "G * (p(2*r) + p(r) + (W - 1) * (q(2*r) + q(r))), G = A * D(F * E), y = x * R / G",
             ),
             connections: (over(&|b| b.lasting), "R * (s + (W - 1) * o), with T + d for T"),
             tickets: 0.0,
-            proven,
+            proven: proving * proven,
         }
     }
 
@@ -201,11 +210,10 @@ mod tests {
     fn threads_cost_as_much_as_by_hand() {
         // Two threads accept a stream a second each: z = 1, r = 1/100, c(z) = 1.01 / (e^2.02 - 1).
         let node = small(2).flow(Way::NodeScope);
-        let often = 1.0 - 0.367_879_4;
-        let own = often / (often + 1.01 / (7.538_325 - 1.0));
+        let makes_own = 0.632_120_6 / 1.632_120_6;
+        let own = makes_own / (makes_own + 1.01 / (7.538_325 - 1.0));
         near(node.keys.0, 1.0 + own);
-        // x = 1 + (1 - o) / e
-        let first = 1.0 + (1.0 - own) * 0.367_879_4;
+        let first = 1.0 + (1.0 - own) * (1.0 - makes_own);
         let ends = (first + 0.01) / (2.0 * (first + 0.01)).exp_m1();
         let by_first = first / (first + ends) * (ends + 0.01);
         near(node.handshakes.0, by_first + own * (1.01 / 6.538_325 + 0.01));
