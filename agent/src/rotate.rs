@@ -369,7 +369,9 @@ async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Rene
     let outcome = async {
         let Obtained { svid, key, bundle } = issuer.obtain(&id).await?;
         let held = Arc::clone(&trust.snapshot().bundle);
-        issue::check(&svid, &id, bundle.as_ref().unwrap_or(&held), SystemTime::now())
+        // Roots that are older than those held are not taken; the SVID has to stand without them.
+        let verifying = bundle.as_ref().filter(|bundle| bundle.supersedes(&held)).unwrap_or(&held);
+        issue::check(&svid, &id, verifying, SystemTime::now())
             .map_err(|detail| IssueError::Unusable { issuer: issuer.name(), detail })?;
         // The roots must be trusted before the SVID that needs them is used.
         if let Some(bundle) = bundle {
