@@ -8,6 +8,7 @@
 
 pub mod config;
 mod counters;
+mod istio;
 mod keeper;
 mod ledger;
 mod queue;

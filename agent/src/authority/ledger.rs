@@ -221,9 +221,10 @@ impl Inner {
     fn exact(&self, disk: &mut TrustState) {
         disk.nodes.clone_from(&self.state.nodes);
         for root in &mut disk.roots {
-            // A root that this authority has not heard of yet was signed with by nobody.
-            let known = self.state.root(&root.id).map_or(0, |known| known.signed_until);
-            root.signed_until = root.signed_until.min(known);
+            // Of a root that this authority has not heard of yet, the disk knows best.
+            if let Some(known) = self.state.root(&root.id) {
+                root.signed_until = known.signed_until;
+            }
         }
     }
 

@@ -21,6 +21,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 use super::counters::Counters;
+use super::istio::Istio;
 use super::keeper::Own;
 use super::proto::authority_server::AuthorityServer;
 use super::service::Service;
@@ -29,6 +30,7 @@ use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, X509Svid};
 use crate::issue::Keypair;
+use crate::issue::istio::proto::istio_certificate_service_server::IstioCertificateServiceServer;
 use crate::tls;
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -52,13 +54,16 @@ pub(super) async fn serve(
     let (accepted, incoming) = mpsc::channel::<io::Result<Authenticated>>(16);
     let own = Arc::new(OwnIdentity::new(own, bundle)?);
     let accepting = tokio::spawn(accept(listener, own, accepted, counters));
-    let service = AuthorityServer::new(service).max_decoding_message_size(2 * MAX_CSR_BYTES);
+    let service = Arc::new(service);
+    let istio = IstioCertificateServiceServer::new(Istio(Arc::clone(&service)));
+    let service = AuthorityServer::from_arc(service).max_decoding_message_size(2 * MAX_CSR_BYTES);
     let served = Server::builder()
         .timeout(REQUEST_TIMEOUT)
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(8 * 1024)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .add_service(service)
+        .add_service(istio.max_decoding_message_size(2 * MAX_CSR_BYTES))
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
         .await;
     accepting.abort();

@@ -39,19 +39,20 @@ pub(super) struct Service {
 }
 
 /// What is to be signed, and for whom.
-struct Asked<'a> {
-    id: &'a SpiffeId,
-    node: &'a str,
+pub(super) struct Asked<'a> {
+    pub(super) id: &'a SpiffeId,
+    pub(super) node: &'a str,
     /// At most the configured one.
-    lifetime: Duration,
+    pub(super) lifetime: Duration,
     /// When what the node holds for it ends, by its own word: it can only put its own requests in order.
-    held_until: u64,
+    pub(super) held_until: u64,
 }
 
-type Chain = Vec<CertificateDer<'static>>;
+/// Leaf first.
+pub(super) type Chain = Vec<CertificateDer<'static>>;
 
 /// A refusal: its label, and what the agent is told.
-struct Refusal(&'static str, Status);
+pub(super) struct Refusal(pub(super) &'static str, pub(super) Status);
 
 impl Service {
     fn admit(&self, request: &AttestRequest, now: SystemTime) -> Result<SpiffeId, Refusal> {
@@ -78,7 +79,7 @@ impl Service {
     }
 
     /// The identity that a node may have, out of what it asks for.
-    fn permit(&self, peer: &PeerInfo, asked: &str, now: SystemTime) -> Result<SpiffeId, Refusal> {
+    pub(super) fn permit(&self, peer: &PeerInfo, asked: &str, now: SystemTime) -> Result<SpiffeId, Refusal> {
         let Some(leaf) = &peer.leaf else {
             return Err(Refusal("no_client_certificate", Status::unauthenticated("present the node's SVID")));
         };
@@ -121,7 +122,12 @@ impl Service {
     }
 
     /// Signs what has been permitted, when it is its node's turn.
-    async fn sign(&self, asked: Asked<'_>, csr: Vec<u8>, now: SystemTime) -> Result<Chain, Refusal> {
+    pub(super) async fn sign(
+        &self,
+        asked: Asked<'_>,
+        csr: Vec<u8>,
+        now: SystemTime,
+    ) -> Result<Chain, Refusal> {
         let Asked { id, node, lifetime, held_until } = asked;
         let bad_request = |words: String| Refusal("bad_request", Status::invalid_argument(words));
         let name = NodeName::parse(node).map_err(|e| bad_request(e.to_string()))?;
@@ -131,17 +137,17 @@ impl Service {
                 format!("the authority cannot write down what it issues, and so issues nothing: {error}");
             Refusal("store", Status::unavailable(words))
         })?;
-        let urgent = held_until < seconds(now + lifetime / 4);
         let (id, lifetime) = (id.clone(), lifetime.min(self.lifetime));
+        let urgent = held_until < seconds(now + lifetime / 4);
         let work = move || {
             // The dear part.
-            let key = ProvenKey::from_csr(&csr)?;
+            let key = ProvenKey::for_id(&csr, &id)?;
             ca.issue_to(&key, &id, Some(name.as_str()), lifetime, now)
         };
         match slot.run(held_until, urgent, work).await {
             Some(Ok(chain)) => Ok(chain),
-            Some(Err(error @ (CaError::Csr(_) | CaError::KeyKind | CaError::TrustDomain { .. }))) => {
-                Err(Refusal("bad_csr", Status::invalid_argument(error.to_string())))
+            Some(Err(CaError::Csr(error))) => {
+                Err(Refusal(error.reason(), Status::invalid_argument(error.to_string())))
             }
             Some(Err(error)) => {
                 tracing::error!(%error, "cannot sign");
@@ -159,13 +165,13 @@ impl Service {
     }
 
     /// Logs and counts what became of a request.
-    fn answer(
+    pub(super) fn answer<T>(
         &self,
         peer: &PeerInfo,
         kind: &str,
         asked: &str,
-        outcome: Result<Svid, Refusal>,
-    ) -> Result<Response<Svid>, Status> {
+        outcome: Result<T, Refusal>,
+    ) -> Result<Response<T>, Status> {
         match outcome {
             Ok(svid) => {
                 self.counters.issued(kind, SystemTime::now());
@@ -181,6 +187,11 @@ impl Service {
     }
 }
 
+/// For metrics.
+pub(super) fn kind(id: &SpiffeId) -> &'static str {
+    if id.node_name().is_some() { "node" } else { "workload" }
+}
+
 /// Tells whoever finds no room when to come back.
 fn busy(Busy { retry_after }: Busy) -> Refusal {
     let seconds = retry_after.as_secs().max(1);
@@ -190,7 +201,7 @@ fn busy(Busy { retry_after }: Busy) -> Refusal {
     Refusal("busy", status)
 }
 
-fn peer<T>(request: &Request<T>) -> Result<PeerInfo, Status> {
+pub(super) fn peer<T>(request: &Request<T>) -> Result<PeerInfo, Status> {
     request
         .extensions()
         .get::<PeerInfo>()
@@ -220,8 +231,7 @@ impl Authority for Service {
         let (peer, now) = (peer(&request)?, SystemTime::now());
         let request = request.into_inner();
         let permitted = self.permit(&peer, &request.spiffe_id, now);
-        let kind =
-            if permitted.as_ref().is_ok_and(|id| id.node_name().is_some()) { "node" } else { "workload" };
+        let kind = permitted.as_ref().map_or("workload", kind);
         let node = peer.id().and_then(SpiffeId::node_name).unwrap_or_default();
         let outcome = match permitted {
             Ok(id) => {

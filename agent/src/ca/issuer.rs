@@ -155,7 +155,8 @@ fn verifies(ca: &Ca, lifetime: Duration, now: SystemTime) -> Result<(), IssuerEr
     let csr = rcgen::CertificateParams::default().serialize_request(&key);
     let csr = csr.map_err(|e| unverifiable(e.to_string()))?;
     let probe = SpiffeId::authority(ca.domain());
-    let chain = ca.issue(&ProvenKey::from_csr(csr.der())?, &probe, lifetime, now)?;
+    let proven = ProvenKey::from_csr(csr.der()).map_err(CaError::from)?;
+    let chain = ca.issue(&proven, &probe, lifetime, now)?;
     let (leaf, above) = chain.split_first().ok_or_else(|| unverifiable("an empty chain".into()))?;
     let anchors: Result<Vec<_>, _> = ca.bundle().roots().iter().map(anchor_from_trusted_cert).collect();
     let anchors = anchors.map_err(|e| part("root", &e.to_string()))?;
