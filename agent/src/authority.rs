@@ -25,7 +25,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Page};
@@ -73,7 +73,9 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         directory: Arc::clone(&directory),
         bundle: bundle.subscribe(),
     });
-    let answering = serve_admin(&config, status).await?;
+    // They end with this, however this ends.
+    let mut tasks = JoinSet::new();
+    serve_admin(&config, status, &mut tasks).await?;
     tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
     let (trusted, shown) = (bundle.subscribe(), own.subscribe());
     let keeper = Keeper {
@@ -84,11 +86,9 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         bundle: bundle.clone(),
         counters: Arc::clone(&counters),
     };
-    let following = [
-        tokio::spawn(following_directory),
-        tokio::spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters))),
-        tokio::spawn(keeper.run()),
-    ];
+    tasks.spawn(following_directory);
+    tasks.spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
+    tasks.spawn(keeper.run());
     let service = Service {
         domain: config.trust_domain,
         ledger,
@@ -99,15 +99,11 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         counters: Arc::clone(&counters),
         bundle,
     };
-    let outcome = serve::serve(listener, service, shown, trusted, counters, stop).await;
-    for task in following.into_iter().chain(answering) {
-        task.abort();
-    }
-    outcome
+    serve::serve(listener, service, shown, trusted, counters, stop).await
 }
 
 /// Metrics and health for everybody; how it stands for whoever may open the socket in the state directory.
-async fn serve_admin(config: &AuthorityConfig, status: Arc<Status>) -> Result<[JoinHandle<()>; 2]> {
+async fn serve_admin(config: &AuthorityConfig, status: Arc<Status>, tasks: &mut JoinSet<()>) -> Result<()> {
     let tcp = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
@@ -118,8 +114,7 @@ async fn serve_admin(config: &AuthorityConfig, status: Arc<Status>) -> Result<[J
         "/v1/status" => Some(Page::json(&status.now(SystemTime::now()))),
         _ => None,
     };
-    Ok([
-        tokio::spawn(admin::serve(tcp, Arc::new(move |path: &str| public.page(path).map(Page::text)))),
-        tokio::spawn(admin::serve_unix(unix, Arc::new(private))),
-    ])
+    tasks.spawn(admin::serve(tcp, Arc::new(move |path: &str| public.page(path).map(Page::text))));
+    tasks.spawn(admin::serve_unix(unix, Arc::new(private)));
+    Ok(())
 }

@@ -255,5 +255,5 @@ fn the_commands_say_what_is_wrong() {
     assert_eq!(listed["revocations"][0]["state"], "banned");
     std::fs::write(state.join("revocations.json"), "[]").unwrap();
     let error = fails(&["revocations"]);
-    assert!(error.contains("revocations.json") && error.contains("not a list"), "{error}");
+    assert!(error.contains("revocations.json") && error.contains("not what the authority wrote"), "{error}");
 }

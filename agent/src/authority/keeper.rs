@@ -62,7 +62,7 @@ impl Keeper {
     /// Runs for ever.
     pub(super) async fn run(self) {
         let mut seen = None;
-        let mut told = (None, None);
+        let mut told = Told::default();
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
@@ -70,36 +70,31 @@ impl Keeper {
                 _ = look.tick() => {}
             }
             let now = SystemTime::now();
-            self.turn(&mut seen, now).await;
+            let outcome = self.turn(&mut seen, now).await;
+            told.fault(outcome);
             self.tell(&mut told, now);
         }
     }
 
-    async fn turn(&self, seen: &mut Option<Version>, now: SystemTime) {
+    /// Writes and takes up what there is to.
+    async fn turn(&self, seen: &mut Option<Version>, now: SystemTime) -> Result<(), String> {
         let version = self.store.version(Document::Trust);
         let changed = version.is_some() && version != *seen;
         if !(changed || self.ledger.is_dirty(now) || self.is_due(now) || self.is_scheduled(now)) {
-            return;
+            return Ok(());
         }
-        match self.write(now).await {
+        let outcome = match self.write(now).await {
             Ok((state, step)) => {
                 // As it was before: if somebody wrote meanwhile, or this did, it is looked at once more.
                 *seen = version;
-                let outcome = self.publish(state, now).map_err(|error| error.to_string());
-                if let Err(error) = &outcome {
-                    tracing::error!(error, "the trust state on disk cannot be used; what was in force stays");
-                }
-                self.ledger.wrote(outcome);
-                if let Some(step) = step {
-                    self.took(&step);
-                }
+                let published = self.publish(state, now).map_err(|error| error.to_string());
+                step.iter().for_each(|step| self.took(step));
+                published
             }
-            Err(error) => {
-                tracing::error!(%error, "the trust state cannot be written: nothing is issued that it does not cover yet");
-                self.counters.refused("store");
-                self.ledger.wrote(Err(error.to_string()));
-            }
-        }
+            Err(error) => Err(error.to_string()),
+        };
+        self.ledger.wrote(outcome.clone());
+        outcome
     }
 
     /// One change of the document, on a thread that may wait for a disk.
@@ -180,12 +175,12 @@ impl Keeper {
         let nodes = blockers.iter().filter(|b| matches!(b, Blocker::Node { .. } | Blocker::Behind { .. }));
         self.counters.trust(generation, nodes.count());
         let ahead = self.ledger.ahead();
-        if told.0.as_ref() != Some(&(rotation.clone(), generation)) {
+        if told.rotation.as_ref() != Some(&(rotation.clone(), generation)) {
             tracing::info!(phase = rotation.phase(), generation, signing = %signing, "trusted roots");
-            told.0 = Some((rotation, generation));
+            told.rotation = Some((rotation, generation));
         }
         self.counters.behind(ahead.is_some());
-        if told.1 != ahead {
+        if told.ahead != ahead {
             if let Some((node, applied)) = &ahead {
                 tracing::error!(
                     node = node.as_str(),
@@ -194,7 +189,7 @@ impl Keeper {
                     "this authority's trust state is older than what an agent has applied: was it put back from a backup, or does another authority run? Restore the newest trust.json"
                 );
             }
-            told.1 = ahead;
+            told.ahead = ahead;
         }
     }
 }
@@ -211,4 +206,26 @@ pub(super) fn revoked(
     }
 }
 
-type Told = (Option<(Rotation, u64)>, Option<(NodeName, u64)>);
+/// What was said already.
+#[derive(Default)]
+struct Told {
+    rotation: Option<(Rotation, u64)>,
+    ahead: Option<(NodeName, u64)>,
+    fault: Option<String>,
+}
+
+impl Told {
+    /// Says once what keeps the state from being written.
+    fn fault(&mut self, outcome: Result<(), String>) {
+        let fault = outcome.err();
+        if let Some(error) = fault.as_ref().filter(|_| fault != self.fault) {
+            tracing::error!(
+                error,
+                "the trust state cannot be written or used: what was in force stays, and nothing is issued that the disk does not know of"
+            );
+        } else if fault.is_none() && self.fault.is_some() {
+            tracing::info!("the trust state is written again");
+        }
+        self.fault = fault;
+    }
+}

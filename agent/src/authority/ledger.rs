@@ -17,6 +17,8 @@ use crate::identity::revocation::NodeName;
 
 /// How old what the disk says of connected nodes may be.
 const SEEN_WITHIN: u64 = 300;
+/// An agent has one, and for a while those that it has lost.
+const MAX_STREAMS: usize = 8;
 /// A node that holds nothing valid and was not seen for so long is forgotten.
 const FORGET_AFTER: u64 = 24 * 3600;
 
@@ -84,15 +86,25 @@ impl Ledger {
     pub(super) fn applied(&self, node: &NodeName, generation: u64, now: SystemTime) {
         let mut inner = self.lock();
         let lease = inner.state.nodes.entry(node.clone()).or_default();
-        (lease.seen, lease.applied) = (seconds(now), generation);
-        inner.news += 1;
-        drop(inner);
-        self.wanted.notify_one();
+        lease.seen = seconds(now);
+        if std::mem::replace(&mut lease.applied, generation) != generation {
+            inner.news += 1;
+            drop(inner);
+            self.wanted.notify_one();
+        }
     }
 
-    /// A node's stream opens, on a certificate that is valid until then.
-    pub(super) fn connect(self: &Arc<Self>, node: NodeName, until: SystemTime, now: SystemTime) -> Presence {
+    /// A node's stream opens, on a certificate that is valid until then. `None` if it has too many.
+    pub(super) fn connect(
+        self: &Arc<Self>,
+        node: NodeName,
+        until: SystemTime,
+        now: SystemTime,
+    ) -> Option<Presence> {
         let mut inner = self.lock();
+        if inner.connected.get(&node).is_some_and(|count| *count >= MAX_STREAMS) {
+            return None;
+        }
         let lease = inner.state.nodes.entry(node.clone()).or_default();
         // It may hold what an authority issued that did not count.
         lease.until = lease.until.max(with_skew(until, self.lifetime));
@@ -100,7 +112,7 @@ impl Ledger {
         *inner.connected.entry(node.clone()).or_default() += 1;
         inner.news += 1;
         drop(inner);
-        Presence { ledger: Arc::clone(self), node }
+        Some(Presence { ledger: Arc::clone(self), node })
     }
 
     /// The exact state, and which nodes are connected.
@@ -368,8 +380,11 @@ mod tests {
     fn who_is_connected_counts_as_seen_and_who_is_gone_for_long_is_forgotten() {
         let now = SystemTime::now();
         let (ledger, mut disk) = ledger(now);
-        let here = ledger.connect(node("here"), now + MINUTE, now);
-        drop(ledger.connect(node("gone"), now + MINUTE, now));
+        let here = ledger.connect(node("here"), now + MINUTE, now).unwrap();
+        let more: Vec<_> =
+            (0..MAX_STREAMS).map(|_| ledger.connect(node("gone"), now + MINUTE, now)).collect();
+        assert!(more.iter().all(Option::is_some) && ledger.connect(node("gone"), now, now).is_none());
+        drop(more);
         let later = now + Duration::from_secs(2 * FORGET_AFTER);
         write(&ledger, &mut disk, later);
         assert_eq!(disk.nodes.keys().collect::<Vec<_>>(), [&node("here")]);

@@ -12,6 +12,7 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -53,7 +54,9 @@ pub(super) async fn serve(
 ) -> Result<()> {
     let (accepted, incoming) = mpsc::channel::<io::Result<Authenticated>>(16);
     let own = Arc::new(OwnIdentity::new(own, bundle)?);
-    let accepting = tokio::spawn(accept(listener, own, accepted, counters));
+    // Ends with this, however this ends.
+    let mut accepting = JoinSet::new();
+    accepting.spawn(accept(listener, own, accepted, counters));
     let service = Arc::new(service);
     let istio = IstioCertificateServiceServer::new(Istio(Arc::clone(&service)));
     let service = AuthorityServer::from_arc(service).max_decoding_message_size(2 * MAX_CSR_BYTES);
@@ -66,7 +69,6 @@ pub(super) async fn serve(
         .add_service(istio.max_decoding_message_size(2 * MAX_CSR_BYTES))
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
         .await;
-    accepting.abort();
     Ok(served?)
 }
 

@@ -38,6 +38,9 @@ pub(super) struct Service {
     pub(super) bundle: watch::Sender<Arc<TrustBundle>>,
 }
 
+/// How often a node is listened to.
+const LISTEN_EVERY: Duration = Duration::from_millis(100);
+
 /// What is to be signed, and for whom.
 pub(super) struct Asked<'a> {
     pub(super) id: &'a SpiffeId,
@@ -260,6 +263,10 @@ impl Authority for Service {
             return Err(Status::unauthenticated("present the node's SVID"));
         };
         let present = self.ledger.connect(name.clone(), leaf.not_after, SystemTime::now());
+        let Some(present) = present else {
+            self.counters.refused("busy");
+            return Err(Status::resource_exhausted("this node has too many streams open; close some"));
+        };
         tokio::spawn(listen(Arc::clone(&self.ledger), name, present, request.into_inner()));
         let counters = Arc::clone(&self.counters);
         let bundles = WatchStream::new(self.bundle.subscribe()).flat_map(move |bundle| {
@@ -278,6 +285,8 @@ impl Authority for Service {
 async fn listen(ledger: Arc<Ledger>, node: NodeName, present: Presence, mut said: Streaming<Applied>) {
     while let Ok(Some(Applied { generation })) = said.message().await {
         ledger.applied(&node, generation, SystemTime::now());
+        // Each word may be a write to the disk.
+        tokio::time::sleep(LISTEN_EVERY).await;
     }
     drop(present);
 }

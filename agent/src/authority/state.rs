@@ -34,7 +34,7 @@ pub fn open(store: &Store, config: &AuthorityConfig, now: SystemTime) -> Result<
     let first = || match &supplied {
         Some(root) => Ok(root.clone()),
         None => Root::create(domain, None, now)
-            .map_err(|e| StoreError::Document { path: config.state_dir.clone(), source: e.into() }),
+            .map_err(|e| StoreError::Document { path: config.state_dir.clone(), why: e.into() }),
     };
     let state = store.trust_or_new(domain, config.svid_lifetime, now, first)?;
     let Some(supplied) = supplied else { return Ok(state) };

@@ -55,12 +55,12 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// A document.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {why}", path.display())]
     Document {
         /// The document.
         path: PathBuf,
         /// Why it cannot be read or changed.
-        source: Wrong,
+        why: Wrong,
     },
     /// Somebody else changes it without end.
     #[error("{} is changed by others all the time; try again", path.display())]
@@ -189,8 +189,8 @@ impl Store {
         serde_json::to_string(document).map(Zeroizing::new).map_err(|e| self.wrong(which, e))
     }
 
-    fn wrong(&self, which: Document, source: impl Into<Wrong>) -> StoreError {
-        StoreError::Document { path: self.documents.place(which), source: source.into() }
+    fn wrong(&self, which: Document, why: impl Into<Wrong>) -> StoreError {
+        StoreError::Document { path: self.documents.place(which), why: why.into() }
     }
 
     /// Makes a join token for a node. Only its hash is kept.

@@ -67,7 +67,11 @@ fn follow(config: &AuthorityConfig, how: &How) -> Result<()> {
             // What the command has written is on disk before the authority has seen it.
             Ok(now) if how.status || is_current(config, &now)? => now,
             Ok(_) => Value::Null,
-            Err(error) if how.status || how.abort || heard.elapsed() > PATIENCE => return Err(error),
+            Err(error) if how.abort => {
+                println!("aborted; the authority takes that up when it runs again ({error:#})");
+                return Ok(());
+            }
+            Err(error) if how.status || heard.elapsed() > PATIENCE => return Err(error),
             Err(_) => Value::Null,
         };
         if !now.is_null() {

@@ -140,7 +140,7 @@ impl AuthorityIssuer {
             tracing::error!(
                 offered,
                 known,
-                "the authority's roots are older than those known here, which stay in force: its state was put back, or it is another authority's; have its newest trust.json restored"
+                "the authority's roots are not newer than those known here, which stay in force: its state was put back, or it is another authority's; have its newest trust.json restored"
             );
         }
         let (offered, known) = (bundle.revocations().generation(), held.revocations().generation());

@@ -95,6 +95,7 @@ impl Scene {
             stop.cancel();
             task.abort();
             let _ = task.await;
+            wait_until("nobody listens", async || TcpStream::connect(self.listen).await.is_err()).await;
         }
     }
 

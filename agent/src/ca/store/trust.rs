@@ -89,7 +89,7 @@ impl Store {
         if mode & 0o077 != 0 {
             return Err(StoreError::Permissions { path, mode });
         }
-        let ca = |source: CaError| StoreError::Document { path: path.clone(), source: source.into() };
+        let ca = |why: CaError| StoreError::Document { path: path.clone(), why: why.into() };
         Root::from_pem(&pem, now).map(Some).map_err(ca)
     }
 
