@@ -130,7 +130,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
 
     tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
-    tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
+    tokio::spawn(rotate::keep_bundle(Arc::clone(&trust), rotator.keep()));
     if let Some(policy) = &config.policy {
         tokio::spawn(policies.watch(policy.file.clone()));
     }
