@@ -67,7 +67,6 @@ enum Opened {
 
 impl Connection {
     fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr) -> Self {
-        shard.observe.opened(Direction::Outbound);
         let way = Way { destination: None, workload: None, encryption: Encryption::None, policy: None };
         Self { shard, pod, app, source, began: Instant::now(), way }
     }
@@ -76,14 +75,21 @@ impl Connection {
     #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
     fn serve(mut self, listener_port: u16) -> impl Future<Output = ()> {
         async move {
-            let outcome = self.carry(listener_port).await;
+            self.way.destination = self.shard.capture.original_dst(self.source, listener_port);
+            if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
+                // An answer that cannot be given says enough.
+                let _ = self.app.try_write(&[1]);
+                return;
+            }
+            self.shard.observe.opened(Direction::Outbound);
+            let outcome = self.carry().await;
             self.finish(outcome);
         }
     }
 
-    async fn carry(&mut self, listener_port: u16) -> Result<Relayed, Failure> {
+    async fn carry(&mut self) -> Result<Relayed, Failure> {
         // On the heap, and gone once there is a way: for the rest of its life a connection is only a relay.
-        let (pick, opened) = Box::pin(self.reach(listener_port)).await?;
+        let (pick, opened) = Box::pin(self.reach()).await?;
         let Self { shard, pod, app, way, .. } = self;
         let relayed = match opened {
             Opened::Tunnel(stream) => {
@@ -101,13 +107,12 @@ impl Connection {
     }
 
     /// A way to the original destination: for a service, from the first endpoint tried that gives one.
-    async fn reach(&mut self, listener_port: u16) -> Result<(Pick, Opened), Failure> {
+    async fn reach(&mut self) -> Result<(Pick, Opened), Failure> {
         let shard = self.shard.clone();
-        let original = shard.capture.original_dst(self.source, listener_port).ok_or_else(|| Failure {
+        let original = self.way.destination.ok_or_else(|| Failure {
             reason: Reason::NoOriginalDestination,
             detail: "connected to the agent's own listener; it takes captured connections only".into(),
         })?;
-        self.way.destination = Some(original);
         let nowhere = |error: ResolveError| Failure {
             reason: match error {
                 ResolveError::UnknownAddress => Reason::UnknownDestination,

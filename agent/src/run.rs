@@ -3,6 +3,7 @@
 //! Two kinds of threads: the data path's (see `shard`), and a small runtime for everything that may
 //! wait: the authority, the directory, the admin server. Load on one does not delay the other.
 
+use std::ffi::CStr;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -12,21 +13,22 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::{self, Readiness, State};
 use crate::balance::Balance;
-use crate::capture::Capture;
+use crate::capture::{Capture, Pods};
 use crate::config::AgentConfig;
 use crate::crls::Keeper;
 use crate::directory::{Live, source};
-use crate::enrol::{Enroller, LOOK_EVERY};
+use crate::enrol::{Enroller, Pace, Standing, VERIFY_EVERY};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::issue;
 use crate::issue::keep::{self, Keep};
+use crate::netns::pods;
 use crate::policy::Policies;
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
@@ -87,7 +89,8 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
     let tunnel_port = config.tunnel.port;
-    let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt)?);
+    let told = Pods::told_by(&config.directory);
+    let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt, told)?);
     capture.beat();
     // Loading the programs parses the kernel's types: some thirty megabytes that nothing needs any more.
     give_back();
@@ -141,7 +144,9 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     tokio::spawn(log_kernel_events(Arc::clone(&capture)));
     tokio::spawn(judge_readiness(Arc::clone(&state), own));
     let stop_enrolling = CancellationToken::new();
-    let enrolling = enrol_for_ever(enroller, directory, stop_enrolling.clone())?;
+    let news = Arc::new(Notify::new());
+    tokio::spawn(hear_of_pods(Arc::clone(&capture), Arc::clone(&news)));
+    let enrolling = enrol_for_ever(enroller, directory, news, stop_enrolling.clone())?;
 
     tracing::info!(node = config.node, trust_domain = %domain, "the agent runs");
     wait_for_stop().await?;
@@ -281,6 +286,17 @@ async fn log_kernel_events(capture: Arc<Capture>) {
     }
 }
 
+/// Says when something happens in a pod's cgroup.
+async fn hear_of_pods(capture: Arc<Capture>, news: Arc<Notify>) {
+    let Some(mut cgroups) = capture.news() else { return };
+    while let Ok(cgroup) = cgroups.next().await {
+        let path = CStr::from_bytes_until_nul(&cgroup.path).map(CStr::to_string_lossy);
+        if path.is_ok_and(|path| pods::is_of_pod(&path)) {
+            news.notify_one();
+        }
+    }
+}
+
 async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
     let mut every = tokio::time::interval(Duration::from_millis(200));
     loop {
@@ -296,8 +312,9 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
         let wanted: Vec<_> = directory.enrolled_on(&state.node).collect();
         let pods_missing =
             wanted.iter().map(|workload| workload.full_name()).find_map(|name| match enrolled.get(&name) {
-                Some(Ok(())) => None,
-                Some(Err(reason)) => Some(format!("{name}: {reason}")),
+                // A pod that is still to start owes nothing yet.
+                Some(Standing::Enrolled | Standing::Waiting(_)) => None,
+                Some(Standing::Failed(reason)) => Some(format!("{name}: {reason}")),
                 None => Some(format!("{name}: not looked at yet")),
             });
         let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
@@ -314,6 +331,7 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
 fn enrol_for_ever(
     mut enroller: Enroller,
     directory: Arc<Live>,
+    news: Arc<Notify>,
     stop: CancellationToken,
 ) -> Result<std::thread::JoinHandle<Vec<Thread>>> {
     let handle = tokio::runtime::Handle::current();
@@ -329,13 +347,24 @@ fn enrol_for_ever(
         if is_stopped {
             return enroller.into_threads();
         }
+        let mut pace = Pace::default();
+        let mut verified: Option<Instant> = None;
         loop {
             enroller.apply(&directory.load());
+            if verified.is_none_or(|at| at.elapsed() >= VERIFY_EVERY) {
+                enroller.verify();
+                verified = Some(Instant::now());
+            }
+            let wait = pace.next(enroller.somebody_waits());
             let stopped = handle.block_on(async {
                 tokio::select! {
                     () = stop.cancelled() => true,
                     _ = changes.changed() => false,
-                    () = tokio::time::sleep(LOOK_EVERY) => false,
+                    () = news.notified() => {
+                        pace.hurry();
+                        false
+                    }
+                    () = tokio::time::sleep(wait) => false,
                 }
             });
             if stopped {

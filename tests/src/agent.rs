@@ -78,7 +78,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    pub(crate) fn start(
+    pub(crate) fn configure(
         node: &str,
         host: &Host,
         dir: PathBuf,
@@ -111,15 +111,13 @@ impl Agent {
         writeln!(config, "capture:\n  cgroup: {}\n  bpffs: {}/bpf", cgroup.display(), dir.display())?;
         config.push_str(&options.agent_yaml);
         std::fs::write(dir.join("agent.yaml"), config)?;
-        let mut agent = Self {
+        Ok(Self {
             process: None,
             netns: host.netns(),
             host: host.name.clone(),
             dir,
             log: options.log.clone(),
-        };
-        agent.spawn()?;
-        Ok(agent)
+        })
     }
 
     /// The configuration file.

@@ -117,6 +117,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "capture",
             "check",
             "config",
+            "directory",
             "identity",
             "policy",
             "run",
