@@ -13,14 +13,15 @@ mod verify;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Display;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::capture::{self, Capture, CaptureError, Judgement, Listeners};
 use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, NetnsAt, Workload};
+use crate::handover::{Inherited, Name, Named};
 use crate::inbound::Node;
 use crate::netns::Netns;
 pub use pace::{LOOK_EVERY, Pace};
@@ -32,8 +33,8 @@ use crate::pod::{Pod, Pods};
 use crate::shard::Thread;
 use crate::warm::Recent;
 
-/// `namespace/name`.
-type Name = String;
+/// Of a workload: `namespace/name`.
+type FullName = String;
 
 /// Why a workload is not enrolled.
 #[derive(Debug)]
@@ -66,6 +67,16 @@ struct Enrolled {
     path: PathBuf,
     /// What could not be verified of its capture.
     fault: Option<String>,
+    /// Its listeners, for a successor.
+    listeners: Vec<TcpListener>,
+}
+
+/// Where other nodes' agents arrive.
+struct OwnFront {
+    address: SocketAddr,
+    node: Arc<Node>,
+    /// Its listeners, for a successor.
+    listeners: Vec<TcpListener>,
 }
 
 /// Enrols and removes pods.
@@ -76,10 +87,16 @@ pub struct Enroller {
     pods: Arc<Pods>,
     threads: Vec<Thread>,
     /// Where other agents reach this one for all its pods, once that is listened at.
-    front: Option<(SocketAddr, Arc<Node>)>,
-    enrolled: BTreeMap<Name, Enrolled>,
+    front: Option<OwnFront>,
+    enrolled: BTreeMap<FullName, Enrolled>,
     /// Deleted, but something still runs in them: captured until nothing does.
-    leaving: Vec<(Name, Enrolled)>,
+    leaving: Vec<(FullName, Enrolled)>,
+    /// What a predecessor has passed on, and is not in use yet.
+    inherited: Inherited,
+    /// The cookie of the network namespace we are in.
+    own_netns: Option<u64>,
+    /// A successor serves the pods: what is in the kernel is its own.
+    is_retired: bool,
     status: Arc<Status>,
     adopted: bool,
     /// Why the kubelet's probes are not known, if they are not.
@@ -97,6 +114,7 @@ impl Enroller {
         pods: Arc<Pods>,
         threads: Vec<Thread>,
     ) -> Self {
+        let inherited = Inherited::default();
         Self {
             config,
             capture,
@@ -105,6 +123,9 @@ impl Enroller {
             front: None,
             enrolled: BTreeMap::new(),
             leaving: Vec::new(),
+            inherited,
+            own_netns: Netns::open(Path::new("/proc/self/ns/net")).ok().map(|own| own.cookie()),
+            is_retired: false,
             status: Arc::default(),
             adopted: false,
             kubelet: None,
@@ -128,8 +149,51 @@ impl Enroller {
         self.status.any(|standing| matches!(standing, Standing::Waiting(_)))
     }
 
+    /// Enrols on these sockets, where they fit; call it before the first [`Enroller::apply`].
+    pub fn inherit(&mut self, inherited: Inherited) {
+        self.inherited = inherited;
+    }
+
+    /// Second handles of all listening sockets, for a successor.
+    ///
+    /// # Errors
+    /// When the system has no more descriptors.
+    pub fn sockets(&self) -> io::Result<Vec<Named>> {
+        let of_pods = self
+            .enrolled
+            .values()
+            .flat_map(|pod| pod.listeners.iter().map(|listener| (pod.netns.cookie(), listener)));
+        let of_node = self.front.iter().flat_map(|front| &front.listeners).zip(self.own_netns.iter().cycle());
+        of_pods
+            .chain(of_node.map(|(listener, cookie)| (*cookie, listener)))
+            .map(|(cookie, listener)| {
+                Ok((Name { cookie, address: listener.local_addr()? }, listener.try_clone()?))
+            })
+            .collect()
+    }
+
+    /// Leaves the pods to a successor: from now on only lets go of those that end.
+    pub fn retire(&mut self) {
+        self.is_retired = true;
+        self.front.iter_mut().for_each(|front| front.listeners.clear());
+        self.enrolled.values_mut().for_each(|pod| pod.listeners.clear());
+    }
+
+    /// Ends what is served of pods that are no more; a successor does everything else.
+    fn let_go(&mut self, directory: &Directory) {
+        let here: HashSet<FullName> =
+            directory.enrolled_on(&self.config.node).map(|workload| workload.full_name()).collect();
+        for (_, gone) in self.enrolled.extract_if(.., |name, _| !here.contains(name)) {
+            self.pods.remove(&gone.pod);
+            gone.pod.gone.cancel();
+        }
+    }
+
     /// Enrols what is wanted and missing, removes what is there and unwanted.
     pub fn apply(&mut self, directory: &Arc<Directory>) {
+        if self.is_retired {
+            return self.let_go(directory);
+        }
         // First the destinations: a pod must never be served with a mesh that lacks a member.
         let grown = match self.set_mesh(directory) {
             Ok(grown) => grown,
@@ -140,10 +204,10 @@ impl Enroller {
         };
         self.serve_node(directory);
         let node = self.config.node.clone();
-        let wanted: BTreeMap<Name, &Arc<Workload>> =
+        let wanted: BTreeMap<FullName, &Arc<Workload>> =
             directory.enrolled_on(&node).map(|workload| (workload.full_name(), workload)).collect();
         let cgroups = cgroups(&self.config.capture);
-        let stale: Vec<Name> = self
+        let stale: Vec<FullName> = self
             .enrolled
             .iter_mut()
             .filter_map(|(name, now)| {
@@ -164,6 +228,8 @@ impl Enroller {
         if grown {
             self.end_plaintext_with_new_members();
         }
+        // A predecessor's that nobody wants.
+        self.inherited = Inherited::default();
         self.adopt();
         self.warm();
     }
@@ -184,27 +250,38 @@ impl Enroller {
     fn serve_node(&mut self, directory: &Directory) {
         let node = directory.node(&self.config.node).filter(|_| self.config.issuer().issues_nodes());
         let wanted = node.map(|node| SocketAddr::new(node.address, self.config.tunnel.port));
-        if wanted == self.front.as_ref().map(|(address, _)| *address) {
+        if wanted == self.front.as_ref().map(|front| front.address) {
             return;
         }
-        if let Some((_, front)) = self.front.take() {
-            front.gone.cancel();
+        if let Some(front) = self.front.take() {
+            front.node.gone.cancel();
         }
         let Some((node, address)) = node.zip(wanted) else { return };
-        let listeners: io::Result<Vec<_>> = self.threads.iter().map(|_| Listeners::at(address)).collect();
-        match listeners {
+        let node = Node::new(node.id.clone());
+        match self.listen_for_nodes(address, &node) {
             Ok(listeners) => {
-                let front = Node::new(node.id.clone());
-                for (thread, listener) in self.threads.iter().zip(listeners) {
-                    thread.serve_node(Arc::clone(&front), listener);
-                }
                 tracing::info!(%address, "listening for other nodes' agents");
-                self.front = Some((address, front));
+                self.front = Some(OwnFront { address, node, listeners });
             }
             Err(error) => {
                 tracing::error!(%address, %error, "cannot listen for other nodes' agents; they reach the pods one by one; trying again every second");
             }
         }
+    }
+
+    fn listen_for_nodes(&mut self, address: SocketAddr, node: &Arc<Node>) -> io::Result<Vec<TcpListener>> {
+        let mut listeners = match &self.own_netns {
+            Some(cookie) => self.inherited.take(Name { cookie: *cookie, address }),
+            None => Vec::new(),
+        };
+        while listeners.len() < self.threads.len() {
+            listeners.push(Listeners::at(address)?);
+        }
+        let handles = listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?;
+        for (listener, thread) in listeners.into_iter().zip(self.threads.iter().cycle()) {
+            thread.serve_node(Arc::clone(node), listener);
+        }
+        Ok(handles)
     }
 
     /// Tells the kernel side who is in the mesh, if that may have changed; says whether members were
@@ -302,12 +379,11 @@ impl Enroller {
         }
         let ports = &self.config.capture.ports;
         let tunnel_port = self.config.tunnel.port;
-        let listeners: Vec<Listeners> = self
-            .threads
-            .iter()
-            .map(|_| Listeners::open(&netns, workload, ports, tunnel_port))
-            .collect::<Result<_, _>>()
-            .map_err(|e| Not::Able(format!("cannot listen inside the pod: {e}")))?;
+        let threads = self.threads.len();
+        let listeners =
+            Listeners::open(&netns, workload, (ports, tunnel_port), threads, &mut self.inherited)
+                .map_err(|e| Not::Able(format!("cannot listen inside the pod: {e}")))?;
+        let handles = handles(&listeners).map_err(unable)?;
         let deliver = Deliver::new(Arc::clone(&netns), Arc::clone(&self.capture)).map_err(unable)?;
         workload.addresses.iter().for_each(|address| deliver.prepare(*address));
         let own_ports = ports.iter().copied().chain([tunnel_port]).collect();
@@ -319,13 +395,15 @@ impl Enroller {
         }
         self.pods.insert(&pod);
         tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
-        self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns, path, fault: None });
+        let workload = Arc::clone(workload);
+        let enrolled = Enrolled { pod, workload, netns, path, fault: None, listeners: handles };
+        self.enrolled.insert(name.into(), enrolled);
         Ok(())
     }
 
     /// Lets an enrolled pod go that the directory has no more, or has as another one. A pod that was
     /// deleted while something still runs in it stays captured.
-    fn dismiss(&mut self, name: Name, directory: &Directory, cgroups: &Cgroups) {
+    fn dismiss(&mut self, name: FullName, directory: &Directory, cgroups: &Cgroups) {
         let Some(gone) = self.enrolled.remove(&name) else { return };
         let is_listed =
             directory.on_node(&self.config.node).any(|workload| workload.netns == gone.workload.netns);
@@ -365,6 +443,11 @@ impl Enroller {
             tracing::error!(workload = name, %reason, "not enrolled, or not verified; trying again");
         }
     }
+}
+
+fn handles(listeners: &[Listeners]) -> io::Result<Vec<TcpListener>> {
+    let each: io::Result<Vec<Vec<TcpListener>>> = listeners.iter().map(Listeners::handles).collect();
+    Ok(each?.into_iter().flatten().collect())
 }
 
 /// The workload with these addresses, where the directory does not tell them yet.

@@ -141,6 +141,7 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
     let leaves = [&proof.peer, proof.own.leaf()];
     let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
     let mut changes = shard.trust.subscribe();
+    let mut farewell = std::pin::pin!(shard.farewell());
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
@@ -160,7 +161,7 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
                 continue;
             }
             accepted = connection.accept() => accepted,
-            () = shard.draining(), if !draining => {
+            () = &mut farewell, if !draining => {
                 connection.graceful_shutdown();
                 draining = true;
                 continue;

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -66,6 +67,9 @@ pub struct Shared {
     pub handshakes: Arc<Semaphore>,
     /// Cancelled when the agent begins to stop: nothing new is accepted.
     pub drain: CancellationToken,
+    /// Over how many milliseconds peers are asked to leave: where a successor accepts already, they need
+    /// not all come back at once.
+    pub farewell: Arc<AtomicU64>,
     /// Cancelled at the drain's deadline: what is still open is reset.
     pub abort: CancellationToken,
     /// Every task that serves a connection, over all threads.
@@ -105,6 +109,13 @@ impl Shard {
     /// Resolves when the agent begins to stop.
     pub async fn draining(&self) {
         self.shared.drain.cancelled().await;
+    }
+
+    /// Resolves when a peer is to be asked to leave: as the agent begins to stop, or some time after.
+    pub async fn farewell(&self) {
+        self.draining().await;
+        let spread = self.shared.farewell.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(..=spread))).await;
     }
 
     /// Resolves when a connection has to end: its pod is gone, or the drain's deadline has come.

@@ -2,11 +2,14 @@
 //!
 //! What cannot be put back makes the pod's reason not to be ready; a strict pod is closed meanwhile.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Enroller, Enrolled};
 use crate::capture::{Capture, Listeners};
 use crate::directory::{Mode, Workload};
+use crate::handover::Inherited;
 use crate::netns::Netns;
 
 /// How often everything is verified.
@@ -15,6 +18,9 @@ pub const VERIFY_EVERY: Duration = Duration::from_secs(5);
 impl Enroller {
     /// Verifies every enrolled pod, mends what is not as it should be, and takes note of what stays wrong.
     pub fn verify(&mut self) {
+        if self.is_retired {
+            return;
+        }
         self.recognise_kubelet();
         let common = self.verify_programs();
         let names: Vec<String> = self.enrolled.keys().cloned().collect();
@@ -57,7 +63,9 @@ impl Enroller {
         for (name, enrolled) in &again {
             tracing::warn!(workload = %name, "its capture is not answered; listening anew");
             self.status.repaired();
-            self.listen_again(enrolled);
+            if let Err(error) = self.listen_again(enrolled) {
+                tracing::warn!(workload = %name, %error, "cannot listen anew");
+            }
         }
         for (place, fault) in silent.into_iter().zip(probe(&self.capture, &again)) {
             faults[place] = fault;
@@ -65,14 +73,15 @@ impl Enroller {
         faults
     }
 
-    fn listen_again(&self, enrolled: &Enrolled) {
-        let (ports, tunnel) = (&self.config.capture.ports, self.config.tunnel.port);
-        for thread in &self.threads {
-            match Listeners::open(&enrolled.netns, &enrolled.workload, ports, tunnel) {
-                Ok(listeners) => thread.serve(std::sync::Arc::clone(&enrolled.pod), listeners),
-                Err(error) => tracing::warn!(workload = %enrolled.workload.name, %error, "cannot listen anew"),
-            }
+    /// More listeners for a pod; those that may still be there share the connections with them.
+    fn listen_again(&self, enrolled: &Enrolled) -> io::Result<()> {
+        let ports = (&*self.config.capture.ports, self.config.tunnel.port);
+        let (netns, workload) = (&enrolled.netns, &enrolled.workload);
+        let new = Listeners::open(netns, workload, ports, self.threads.len(), &mut Inherited::default())?;
+        for (thread, listeners) in self.threads.iter().zip(new) {
+            thread.serve(Arc::clone(&enrolled.pod), listeners);
         }
+        Ok(())
     }
 
     fn settle(&mut self, name: &str, fault: Option<String>) {

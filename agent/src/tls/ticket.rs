@@ -341,7 +341,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Told {
         generations: Mutex<Vec<Generation>>,
-        fails: std::sync::atomic::AtomicBool,
+        fails: AtomicBool,
     }
 
     impl Journal for Arc<Told> {
@@ -351,7 +351,7 @@ mod tests {
         }
 
         fn spent(&self, _: &Name, _: &Serial) -> io::Result<()> {
-            if self.fails.load(std::sync::atomic::Ordering::Relaxed) {
+            if self.fails.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             Ok(())
@@ -440,7 +440,7 @@ mod tests {
         let ours = binding("a", "b", "c");
         let ticket = keys.seal(&ours, vec![1], at(NOW)).unwrap();
         let opened = keys.open(&ours, &ticket, at(NOW)).unwrap();
-        told.fails.store(true, std::sync::atomic::Ordering::Relaxed);
+        told.fails.store(true, Ordering::Relaxed);
         assert_eq!(keys.spend(&opened), Err(Unresumed::Full), "the successor would honour it again");
 
         let keys = fleeting();
