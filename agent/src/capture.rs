@@ -152,8 +152,7 @@ impl Capture {
     ) -> Result<Self, CaptureError> {
         let (dir, mut programs, gate) = Self::load(config)?;
         let by_cgroup = pods == Pods::ByCgroup;
-        gate.take_up(by_cgroup)
-            .map_err(|source| CaptureError::Table { what: "take up the gate", source })?;
+        gate.take_up(by_cgroup).map_err(|source| CaptureError::Table { what: "take up the gate", source })?;
         programs.attach_cgroup(&config.cgroup, by_cgroup)?;
         let news = by_cgroup.then(|| news(&mut programs)).transpose().unwrap_or_else(|error| {
             tracing::warn!(%error, "no word of new cgroups: pods are looked for once a second instead");

@@ -5,15 +5,16 @@
 //! containers start, and whatever nobody has judged yet is held back by the kernel. Runs on a thread of
 //! its own, as it enters the pods' network namespaces.
 
+mod front;
 mod pace;
 mod place;
 mod status;
+mod succession;
 mod verify;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Display;
-use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,12 +22,13 @@ use crate::capture::{self, Capture, CaptureError, Judgement, Listeners};
 use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, NetnsAt, Workload};
-use crate::handover::{Inherited, Name, Named};
-use crate::inbound::Node;
+use crate::handover::Inherited;
 use crate::netns::Netns;
+use front::OwnFront;
 pub use pace::{LOOK_EVERY, Pace};
 use place::{Cgroups, cgroups, is_inhabited, netns_path, still_fits};
 pub use status::{Standing, Status};
+use succession::handles;
 pub use verify::VERIFY_EVERY;
 
 use crate::pod::{Pod, Pods};
@@ -71,14 +73,6 @@ struct Enrolled {
     listeners: Vec<TcpListener>,
 }
 
-/// Where other nodes' agents arrive.
-struct OwnFront {
-    address: SocketAddr,
-    node: Arc<Node>,
-    /// Its listeners, for a successor.
-    listeners: Vec<TcpListener>,
-}
-
 /// Enrols and removes pods.
 pub struct Enroller {
     config: Arc<AgentConfig>,
@@ -93,6 +87,8 @@ pub struct Enroller {
     leaving: Vec<(FullName, Enrolled)>,
     /// What a predecessor has passed on, and is not in use yet.
     inherited: Inherited,
+    /// Enrolled, and nobody accepts for them yet.
+    unserved: Vec<(Arc<Pod>, Vec<Listeners>)>,
     /// The cookie of the network namespace we are in.
     own_netns: Option<u64>,
     /// A successor serves the pods: what is in the kernel is its own.
@@ -114,7 +110,6 @@ impl Enroller {
         pods: Arc<Pods>,
         threads: Vec<Thread>,
     ) -> Self {
-        let inherited = Inherited::default();
         Self {
             config,
             capture,
@@ -123,7 +118,8 @@ impl Enroller {
             front: None,
             enrolled: BTreeMap::new(),
             leaving: Vec::new(),
-            inherited,
+            inherited: Inherited::default(),
+            unserved: Vec::new(),
             own_netns: Netns::open(Path::new("/proc/self/ns/net")).ok().map(|own| own.cookie()),
             is_retired: false,
             status: Arc::default(),
@@ -149,46 +145,6 @@ impl Enroller {
         self.status.any(|standing| matches!(standing, Standing::Waiting(_)))
     }
 
-    /// Enrols on these sockets, where they fit; call it before the first [`Enroller::apply`].
-    pub fn inherit(&mut self, inherited: Inherited) {
-        self.inherited = inherited;
-    }
-
-    /// Second handles of all listening sockets, for a successor.
-    ///
-    /// # Errors
-    /// When the system has no more descriptors.
-    pub fn sockets(&self) -> io::Result<Vec<Named>> {
-        let of_pods = self
-            .enrolled
-            .values()
-            .flat_map(|pod| pod.listeners.iter().map(|listener| (pod.netns.cookie(), listener)));
-        let of_node = self.front.iter().flat_map(|front| &front.listeners).zip(self.own_netns.iter().cycle());
-        of_pods
-            .chain(of_node.map(|(listener, cookie)| (*cookie, listener)))
-            .map(|(cookie, listener)| {
-                Ok((Name { cookie, address: listener.local_addr()? }, listener.try_clone()?))
-            })
-            .collect()
-    }
-
-    /// Leaves the pods to a successor: from now on only lets go of those that end.
-    pub fn retire(&mut self) {
-        self.is_retired = true;
-        self.front.iter_mut().for_each(|front| front.listeners.clear());
-        self.enrolled.values_mut().for_each(|pod| pod.listeners.clear());
-    }
-
-    /// Ends what is served of pods that are no more; a successor does everything else.
-    fn let_go(&mut self, directory: &Directory) {
-        let here: HashSet<FullName> =
-            directory.enrolled_on(&self.config.node).map(|workload| workload.full_name()).collect();
-        for (_, gone) in self.enrolled.extract_if(.., |name, _| !here.contains(name)) {
-            self.pods.remove(&gone.pod);
-            gone.pod.gone.cancel();
-        }
-    }
-
     /// Enrols what is wanted and missing, removes what is there and unwanted.
     pub fn apply(&mut self, directory: &Arc<Directory>) {
         if self.is_retired {
@@ -202,7 +158,12 @@ impl Enroller {
                 return;
             }
         };
-        self.serve_node(directory);
+        // Whoever takes over serves nobody before it knows everybody: a connection that it accepts may be to
+        // any of the pods, and until then the predecessor serves them all.
+        let takes_over = !self.inherited.is_empty();
+        if !takes_over {
+            self.serve_node(directory);
+        }
         let node = self.config.node.clone();
         let wanted: BTreeMap<FullName, &Arc<Workload>> =
             directory.enrolled_on(&node).map(|workload| (workload.full_name(), workload)).collect();
@@ -222,6 +183,13 @@ impl Enroller {
         for (name, workload) in &wanted {
             let outcome = self.ensure(name, workload, &cgroups);
             self.note(name, outcome);
+            if !takes_over {
+                self.serve();
+            }
+        }
+        self.serve();
+        if takes_over {
+            self.serve_node(directory);
         }
         self.status.retain(|name| wanted.contains_key(name));
         self.judge(directory, &cgroups);
@@ -244,44 +212,6 @@ impl Enroller {
         if let Some(thread) = self.threads.first() {
             thread.warm(Recent::take_up(&self.config.runtime_dir, most));
         }
-    }
-
-    /// Listens at the node's address for other agents, as long as the directory lists it.
-    fn serve_node(&mut self, directory: &Directory) {
-        let node = directory.node(&self.config.node).filter(|_| self.config.issuer().issues_nodes());
-        let wanted = node.map(|node| SocketAddr::new(node.address, self.config.tunnel.port));
-        if wanted == self.front.as_ref().map(|front| front.address) {
-            return;
-        }
-        if let Some(front) = self.front.take() {
-            front.node.gone.cancel();
-        }
-        let Some((node, address)) = node.zip(wanted) else { return };
-        let node = Node::new(node.id.clone());
-        match self.listen_for_nodes(address, &node) {
-            Ok(listeners) => {
-                tracing::info!(%address, "listening for other nodes' agents");
-                self.front = Some(OwnFront { address, node, listeners });
-            }
-            Err(error) => {
-                tracing::error!(%address, %error, "cannot listen for other nodes' agents; they reach the pods one by one; trying again every second");
-            }
-        }
-    }
-
-    fn listen_for_nodes(&mut self, address: SocketAddr, node: &Arc<Node>) -> io::Result<Vec<TcpListener>> {
-        let mut listeners = match &self.own_netns {
-            Some(cookie) => self.inherited.take(Name { cookie: *cookie, address }),
-            None => Vec::new(),
-        };
-        while listeners.len() < self.threads.len() {
-            listeners.push(Listeners::at(address)?);
-        }
-        let handles = listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?;
-        for (listener, thread) in listeners.into_iter().zip(self.threads.iter().cycle()) {
-            thread.serve_node(Arc::clone(node), listener);
-        }
-        Ok(handles)
     }
 
     /// Tells the kernel side who is in the mesh, if that may have changed; says whether members were
@@ -356,6 +286,15 @@ impl Enroller {
         capture::Pods::told_by(&self.config.directory) == capture::Pods::ByCgroup
     }
 
+    /// Has the threads accept for those that were enrolled.
+    fn serve(&mut self) {
+        for (pod, listeners) in self.unserved.drain(..) {
+            for (thread, listeners) in self.threads.iter().zip(listeners) {
+                thread.serve(Arc::clone(&pod), listeners);
+            }
+        }
+    }
+
     fn ensure(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), Not> {
         let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload, cgroups) };
         let workload = with_addresses(workload, &now.workload.addresses);
@@ -372,7 +311,8 @@ impl Enroller {
         let path = netns_path(workload, cgroups)?;
         let netns = Arc::new(Netns::open(&path).map_err(unable)?);
         // A kubelet tells a pod's addresses after its containers have started.
-        let found = if workload.addresses.is_empty() { netns.addresses().map_err(unable)? } else { Vec::new() };
+        let found =
+            if workload.addresses.is_empty() { netns.addresses().map_err(unable)? } else { Vec::new() };
         let workload = &with_addresses(workload, &found);
         if workload.addresses.is_empty() {
             return Err(Not::Yet("its network namespace has no address yet".into()));
@@ -380,9 +320,8 @@ impl Enroller {
         let ports = &self.config.capture.ports;
         let tunnel_port = self.config.tunnel.port;
         let threads = self.threads.len();
-        let listeners =
-            Listeners::open(&netns, workload, (ports, tunnel_port), threads, &mut self.inherited)
-                .map_err(|e| Not::Able(format!("cannot listen inside the pod: {e}")))?;
+        let listeners = Listeners::open(&netns, workload, (ports, tunnel_port), threads, &mut self.inherited)
+            .map_err(|e| Not::Able(format!("cannot listen inside the pod: {e}")))?;
         let handles = handles(&listeners).map_err(unable)?;
         let deliver = Deliver::new(Arc::clone(&netns), Arc::clone(&self.capture)).map_err(unable)?;
         workload.addresses.iter().for_each(|address| deliver.prepare(*address));
@@ -390,10 +329,8 @@ impl Enroller {
         let pod = Arc::new(Pod::new(Arc::clone(workload), deliver, own_ports));
         // The listeners are there already: a connection captured from now on finds one.
         self.capture.enrol(workload, &netns).map_err(unable)?;
-        for (thread, listeners) in self.threads.iter().zip(listeners) {
-            thread.serve(Arc::clone(&pod), listeners);
-        }
         self.pods.insert(&pod);
+        self.unserved.push((Arc::clone(&pod), listeners));
         tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
         let workload = Arc::clone(workload);
         let enrolled = Enrolled { pod, workload, netns, path, fault: None, listeners: handles };
@@ -403,7 +340,7 @@ impl Enroller {
 
     /// Lets an enrolled pod go that the directory has no more, or has as another one. A pod that was
     /// deleted while something still runs in it stays captured.
-    fn dismiss(&mut self, name: FullName, directory: &Directory, cgroups: &Cgroups) {
+    pub(super) fn dismiss(&mut self, name: FullName, directory: &Directory, cgroups: &Cgroups) {
         let Some(gone) = self.enrolled.remove(&name) else { return };
         let is_listed =
             directory.on_node(&self.config.node).any(|workload| workload.netns == gone.workload.netns);
@@ -417,7 +354,7 @@ impl Enroller {
     }
 
     /// Removes deleted pods that have come to their end.
-    fn see_off(&mut self, cgroups: &Cgroups) {
+    pub(super) fn see_off(&mut self, cgroups: &Cgroups) {
         let all = std::mem::take(&mut self.leaving).into_iter();
         let (inhabited, left): (Vec<_>, Vec<_>) = all.partition(|(_, pod)| is_inhabited(pod, cgroups));
         self.leaving = inhabited;
@@ -443,11 +380,6 @@ impl Enroller {
             tracing::error!(workload = name, %reason, "not enrolled, or not verified; trying again");
         }
     }
-}
-
-fn handles(listeners: &[Listeners]) -> io::Result<Vec<TcpListener>> {
-    let each: io::Result<Vec<Vec<TcpListener>>> = listeners.iter().map(Listeners::handles).collect();
-    Ok(each?.into_iter().flatten().collect())
 }
 
 /// The workload with these addresses, where the directory does not tell them yet.

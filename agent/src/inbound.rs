@@ -64,7 +64,8 @@ pub async fn serve(shard: Shard, front: Front, listener: TcpListener) {
                     tunnel(shard, front, io, proof, address).await;
                 });
             }
-            Err(error) => shard.accept_failed(local, &error).await,
+            Err(error) if shard.may_accept_again(local, &error).await => {}
+            Err(_) => return,
         }
     }
 }

@@ -36,7 +36,8 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
                 let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source);
                 shard.clone().spawn(connection.serve(local.port()));
             }
-            Err(error) => shard.accept_failed(local, &error).await,
+            Err(error) if shard.may_accept_again(local, &error).await => {}
+            Err(_) => return,
         }
     }
 }

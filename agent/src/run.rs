@@ -3,9 +3,9 @@
 //! Two kinds of threads: the data path's (see `shard`), and a small runtime for everything that may
 //! wait: the authority, the directory, the admin server. Load on one does not delay the other.
 
+mod enrolling;
 mod upgrade;
 
-use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -24,12 +24,11 @@ use crate::capture::{Capture, Pods};
 use crate::config::AgentConfig;
 use crate::crls::Keeper;
 use crate::directory::{Live, source};
-use crate::enrol::{Enroller, Pace, Standing, VERIFY_EVERY};
+use crate::enrol::{Enroller, Standing};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::issue;
 use crate::issue::keep::{self, Keep};
-use crate::netns::pods;
 use crate::policy::Policies;
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
@@ -38,6 +37,7 @@ use crate::telemetry::{Metrics, Observe};
 use crate::tls::ktls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
+use enrolling::{Told, enrol_for_ever, hear_of_pods};
 use upgrade::{Order, Phase, take_over, take_place, wait_for_successor};
 
 /// Each connection needs two descriptors, and a pod may well open 28,000.
@@ -327,17 +327,6 @@ async fn log_kernel_events(capture: Arc<Capture>) {
     }
 }
 
-/// Says when something happens in a pod's cgroup.
-async fn hear_of_pods(capture: Arc<Capture>, news: Arc<Notify>) {
-    let Some(mut cgroups) = capture.news() else { return };
-    while let Ok(cgroup) = cgroups.next().await {
-        let path = CStr::from_bytes_until_nul(&cgroup.path).map(CStr::to_string_lossy);
-        if path.is_ok_and(|path| pods::is_of_pod(&path)) {
-            news.notify_one();
-        }
-    }
-}
-
 async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
     let mut every = tokio::time::interval(Duration::from_millis(200));
     loop {
@@ -366,80 +355,6 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
             state.readiness.set(condition, missing);
         }
     }
-}
-
-/// What the enrolling thread acts on.
-struct Told {
-    directory: Arc<Live>,
-    news: Arc<Notify>,
-    orders: mpsc::UnboundedReceiver<Order>,
-    stop: CancellationToken,
-}
-
-/// Why it looks at its pods again.
-enum Call {
-    Stop,
-    Look,
-    Hurry,
-    Obey(Order),
-}
-
-impl Told {
-    /// Waits until the directory is read: nobody is known before, which must not be taken for nobody being
-    /// there. What is pinned stays.
-    async fn begin(&mut self) -> Call {
-        tokio::select! {
-            () = self.directory.read() => Call::Look,
-            () = self.stop.cancelled() => Call::Stop,
-        }
-    }
-
-    async fn next(&mut self, changes: &mut watch::Receiver<u64>, wait: Duration) -> Call {
-        tokio::select! {
-            () = self.stop.cancelled() => Call::Stop,
-            Some(order) = self.orders.recv() => Call::Obey(order),
-            _ = changes.changed() => Call::Look,
-            () = self.news.notified() => Call::Hurry,
-            () = tokio::time::sleep(wait) => Call::Look,
-        }
-    }
-}
-
-/// Enrols on a thread of its own, as that enters other namespaces; says when all pods were looked at
-/// once, and gives the data path back at the end.
-fn enrol_for_ever(
-    mut enroller: Enroller,
-    mut told: Told,
-    first: oneshot::Sender<()>,
-) -> Result<std::thread::JoinHandle<Vec<Thread>>> {
-    let handle = tokio::runtime::Handle::current();
-    let mut changes = told.directory.subscribe();
-    let work = move || {
-        if matches!(handle.block_on(told.begin()), Call::Stop) {
-            return enroller.into_threads();
-        }
-        let (mut pace, mut verified, mut first) = (Pace::default(), None::<Instant>, Some(first));
-        loop {
-            enroller.apply(&told.directory.load());
-            if let Some(first) = first.take() {
-                // Only an agent that takes over waits for it.
-                let _ = first.send(());
-            }
-            if verified.is_none_or(|at| at.elapsed() >= VERIFY_EVERY) {
-                enroller.verify();
-                verified = Some(Instant::now());
-            }
-            match handle.block_on(told.next(&mut changes, pace.next(enroller.somebody_waits()))) {
-                Call::Stop => return enroller.into_threads(),
-                Call::Look => {}
-                Call::Hurry => pace.hurry(),
-                Call::Obey(Order::Retire) => enroller.retire(),
-                // Whoever asked may have given up.
-                Call::Obey(Order::Lend(reply)) => drop(reply.send(enroller.sockets())),
-            }
-        }
-    };
-    std::thread::Builder::new().name("enrol".into()).spawn(work).context("cannot start a thread")
 }
 
 async fn wait_for_stop() -> Result<()> {

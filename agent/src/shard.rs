@@ -126,14 +126,20 @@ impl Shard {
         }
     }
 
-    /// Says that accepting failed, and waits until trying again makes sense.
-    pub async fn accept_failed(&self, local: SocketAddr, error: &io::Error) {
+    /// Says that accepting failed, and waits until trying again makes sense; whether it does.
+    pub async fn may_accept_again(&self, local: SocketAddr, error: &io::Error) -> bool {
         // A connection that its peer gave up in the backlog is no trouble of ours.
         if error.kind() == io::ErrorKind::ConnectionAborted {
-            return;
+            return true;
+        }
+        // Somebody has closed the socket by the kernel (`ss --kill`): it will never accept again.
+        if error.kind() == io::ErrorKind::InvalidInput {
+            tracing::warn!(%local, "a listener of the agent's was closed from outside");
+            return false;
         }
         tracing::warn!(%local, %error, "cannot accept a connection; out of file descriptors or memory?");
         tokio::time::sleep(Duration::from_millis(100)).await;
+        true
     }
 }
 

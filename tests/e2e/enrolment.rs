@@ -122,7 +122,11 @@ fn after_a_start_of_the_node_nothing_is_sent_in_plaintext_and_nobody_is_locked_o
         assert_eq!(poke(host, dns)["end"], "data", "{pod} reaches DNS");
         assert_ne!(poke(host, server)["connect"], "refused", "{pod} reaches the API server");
         assert_eq!(poke(host, "127.0.0.1:7070")["end"], "data", "{pod} reaches itself");
-        assert_eq!(poke(world.host("out"), &world.get(pod).v4(7070))["connect"], "timeout", "{pod} is closed");
+        assert_eq!(
+            poke(world.host("out"), &world.get(pod).v4(7070))["connect"],
+            "timeout",
+            "{pod} is closed"
+        );
     }
     assert_eq!(poke(&of_node, out)["end"], "data", "the node's own network is nobody's business");
     assert_eq!(poke(world.host("out"), "192.168.60.1:9100")["end"], "data", "in either direction");

@@ -94,7 +94,8 @@ impl State {
     }
 
     fn render(&self) -> String {
-        let enrolled = self.enrolled.now().values().filter(|standing| **standing == Standing::Enrolled).count();
+        let enrolled =
+            self.enrolled.now().values().filter(|standing| **standing == Standing::Enrolled).count();
         let loaded = self.policies.loaded();
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let policies = loaded.policies().map(|(policy, _)| PolicyCounts {

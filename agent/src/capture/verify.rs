@@ -10,10 +10,8 @@ use crate::netns::Netns;
 
 /// Where connections of the agent's own go that try the capture: addresses for documentation (RFC 5737,
 /// RFC 3849), which are nobody's. They count as members, so every pod's capture takes them.
-pub(super) const PROBES: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 15)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x15)),
-];
+pub(super) const PROBES: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 15)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x15))];
 
 impl Capture {
     /// Whether the programs on the pods' cgroup are all there.
@@ -43,7 +41,9 @@ impl Capture {
             workload.addresses.iter().try_for_each(|it| self.pods.by_address.insert(&addr(*it), &row))?;
             self.pods.by_cookie.insert(&netns.cookie(), &row)
         };
-        write().map_err(|source| super::CaptureError::Table { what: "close a pod", source })
+        write().map_err(|source| super::CaptureError::Table { what: "close a pod", source })?;
+        // Where pods are not told by their cgroups, the program that keeps connections from it is not there.
+        self.programs().attach_cgroup(&self.cgroup, true)
     }
 
     /// Whether a pod's rows and programs are as [`Capture::enrol`] made them.

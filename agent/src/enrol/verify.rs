@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Enroller, Enrolled};
+use super::{Enrolled, Enroller};
 use crate::capture::{Capture, Listeners};
 use crate::directory::{Mode, Workload};
 use crate::handover::Inherited;
@@ -22,6 +22,7 @@ impl Enroller {
             return;
         }
         self.recognise_kubelet();
+        self.verify_front();
         let common = self.verify_programs();
         let names: Vec<String> = self.enrolled.keys().cloned().collect();
         let mut faults: Vec<Option<String>> = names.iter().map(|name| self.verify_pod(name)).collect();
@@ -105,7 +106,9 @@ impl Enroller {
         let outcome = self.capture.recognise_kubelet(configured).err();
         if outcome != self.kubelet {
             match &outcome {
-                Some(why) => tracing::warn!(%why, "the kubelet's probes are not known from others; strict pods refuse them unless probes.exempt lists their address"),
+                Some(why) => {
+                    tracing::warn!(%why, "the kubelet's probes are not known from others; strict pods refuse them unless probes.exempt lists their address")
+                }
                 None => tracing::info!("the kubelet's probes are known by its sockets"),
             }
             self.kubelet = outcome;

@@ -29,9 +29,8 @@ fn tell(path: *const u8) {
     let into = record.as_mut_ptr();
     // The rest of the buffer may hold anything: the string ends at its zero.
     // SAFETY: the record has room for so much, and the helper checks the source itself.
-    let read = unsafe {
-        bpf_probe_read_kernel_str((&raw mut (*into).path).cast(), PATH_BYTES as u32, path.cast())
-    };
+    let read =
+        unsafe { bpf_probe_read_kernel_str((&raw mut (*into).path).cast(), PATH_BYTES as u32, path.cast()) };
     if read > 0 { record.submit(0) } else { record.discard(0) }
 }
 

@@ -1,5 +1,5 @@
-//! Connections that arrive at a pod nobody has judged yet are dropped: what would be answered goes out in
-//! plaintext.
+//! Connections that arrive at a pod nobody has judged yet, or whose capture cannot be verified, are dropped:
+//! what would be answered goes out in plaintext.
 //!
 //! Attached to the pods' cgroup, this sees every packet that reaches a socket in it; all but those to a
 //! listener are out after one comparison. A pod that is enrolled has its own program on its network
@@ -31,19 +31,19 @@ pub(crate) fn hauberk_inbound(ctx: SkBuffContext) -> i32 {
     if socket.is_null() || read32!(socket, offset_of!(Sock, state)) != TCP_LISTEN {
         return PASS;
     }
-    let Some(gate) = gate::for_members() else { return PASS };
-    let port = read32!(socket, offset_of!(Sock, src_port)) as u16;
-    if read32!(raw, offset_of!(Fields, ifindex)) == LOOPBACK || gate::is_answered(port) {
+    if read32!(raw, offset_of!(Fields, ifindex)) == LOOPBACK {
         return PASS;
     }
     // SAFETY: the helper takes this program type's context.
     let cookie = unsafe { bpf_get_netns_cookie(raw) };
-    if cookie == gate.node {
-        return PASS;
-    }
     // SAFETY: map values are read, never kept.
     if let Some(pod) = unsafe { PODS.get(cookie) } {
         return if pod.mode == MODE_CLOSED { DROP } else { PASS };
+    }
+    let Some(gate) = gate::for_members() else { return PASS };
+    let port = read32!(socket, offset_of!(Sock, src_port)) as u16;
+    if cookie == gate.node || gate::is_answered(port) {
+        return PASS;
     }
     // SAFETY: the helper takes this program type's context.
     if gate::judgement(|depth| unsafe { bpf_skb_ancestor_cgroup_id(raw.cast(), depth) }).is_some() {

@@ -9,8 +9,8 @@ use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use core::mem::offset_of;
 use ebpf::{
-    Addr, MODE_CLOSED, MODE_PERMISSIVE, Pod, Probe, VERDICT_LISTENER_REFUSED, VERDICT_PLAINTEXT_ACCEPTED, VERDICT_PLAINTEXT_REFUSED,
-    VERDICT_PROBE_ACCEPTED,
+    Addr, MODE_CLOSED, MODE_PERMISSIVE, Pod, Probe, VERDICT_LISTENER_REFUSED, VERDICT_PLAINTEXT_ACCEPTED,
+    VERDICT_PLAINTEXT_REFUSED, VERDICT_PROBE_ACCEPTED,
 };
 
 use crate::ctx::{join, mapped, read32, same};
