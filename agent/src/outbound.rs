@@ -37,7 +37,8 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
                 let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source, local.port());
                 shard.clone().spawn(connection.serve());
             }
-            Err(error) => shard.accept_failed(local, &error).await,
+            Err(error) if shard.may_accept_again(local, &error).await => {}
+            Err(_) => return,
         }
     }
 }
@@ -114,7 +115,6 @@ fn unmoved(error: &std::io::Error) -> Failure {
 
 impl Connection {
     fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr, listener_port: u16) -> Self {
-        shard.observe.opened(Direction::Outbound);
         let way = Way {
             source,
             began: Instant::now(),
@@ -131,6 +131,16 @@ impl Connection {
     #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
     fn serve(mut self) -> impl Future<Output = ()> {
         async move {
+            self.way.destination =
+                self.shard.capture.original_dst(self.way.source, self.way.listener_port);
+            if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
+                // An answer that cannot be given says enough.
+                let _ = self.app.try_write(&[1]);
+                return;
+            }
+            if self.begun.is_none() {
+                self.shard.observe.opened(Direction::Outbound);
+            }
             match self.carry().await {
                 Ok(End::Relayed(relayed)) => self.finish(Ok(relayed)),
                 Ok(End::Elsewhere(thread, pick)) => self.move_to(thread, pick),
@@ -164,12 +174,10 @@ impl Connection {
         let shard = self.shard.clone();
         let begun = self.begun.take().map(|pick| *pick);
         let may_move = begun.is_none();
-        let original =
-            shard.capture.original_dst(self.way.source, self.way.listener_port).ok_or_else(|| Failure {
-                reason: Reason::NoOriginalDestination,
-                detail: "connected to the agent's own listener; it takes captured connections only".into(),
-            })?;
-        self.way.destination = Some(original);
+        let original = self.way.destination.ok_or_else(|| Failure {
+            reason: Reason::NoOriginalDestination,
+            detail: "connected to the agent's own listener; it takes captured connections only".into(),
+        })?;
         let nowhere = |error: ResolveError| Failure {
             reason: match error {
                 ResolveError::UnknownAddress => Reason::UnknownDestination,

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,9 @@ pub struct Shared {
     pub handshakes: Arc<Semaphore>,
     /// Cancelled when the agent begins to stop: nothing new is accepted.
     pub drain: CancellationToken,
+    /// Over how many milliseconds peers are asked to leave: where a successor accepts already, they need
+    /// not all come back at once.
+    pub farewell: Arc<AtomicU64>,
     /// Cancelled at the drain's deadline: what is still open is reset.
     pub abort: CancellationToken,
     /// Every task that serves a connection, over all threads.
@@ -119,6 +123,13 @@ impl Shard {
         self.shared.drain.cancelled().await;
     }
 
+    /// Resolves when a peer is to be asked to leave: as the agent begins to stop, or some time after.
+    pub async fn farewell(&self) {
+        self.draining().await;
+        let spread = self.shared.farewell.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(..=spread))).await;
+    }
+
     /// Resolves when a connection has to end: its pod is gone, or the drain's deadline has come.
     pub async fn stop(&self, pod_gone: &CancellationToken) -> Reason {
         tokio::select! {
@@ -127,14 +138,20 @@ impl Shard {
         }
     }
 
-    /// Says that accepting failed, and waits until trying again makes sense.
-    pub async fn accept_failed(&self, local: SocketAddr, error: &io::Error) {
+    /// Says that accepting failed, and waits until trying again makes sense; whether it does.
+    pub async fn may_accept_again(&self, local: SocketAddr, error: &io::Error) -> bool {
         // A connection that its peer gave up in the backlog is no trouble of ours.
         if error.kind() == io::ErrorKind::ConnectionAborted {
-            return;
+            return true;
+        }
+        // Somebody has closed the socket by the kernel (`ss --kill`): it will never accept again.
+        if error.kind() == io::ErrorKind::InvalidInput {
+            tracing::warn!(%local, "a listener of the agent's was closed from outside");
+            return false;
         }
         tracing::warn!(%local, %error, "cannot accept a connection; out of file descriptors or memory?");
         tokio::time::sleep(Duration::from_millis(100)).await;
+        true
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
-use crate::enrol;
+use crate::enrol::{self, Standing};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::crl::Listed;
@@ -95,7 +95,8 @@ impl State {
     }
 
     fn render(&self) -> String {
-        let enrolled = self.enrolled.now().values().filter(|outcome| outcome.is_ok()).count();
+        let enrolled =
+            self.enrolled.now().values().filter(|standing| **standing == Standing::Enrolled).count();
         let loaded = self.policies.loaded();
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let policies = loaded.policies().map(|(policy, _)| PolicyCounts {
@@ -107,7 +108,7 @@ impl State {
         let trust = self.trust.snapshot();
         let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
         let page = self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled);
-        page + &self.directory.standing().render()
+        page + &self.enrolled.render() + &self.directory.standing().render()
     }
 
     fn ready(&self) -> Page {
@@ -138,8 +139,8 @@ impl State {
             "missing": self.readiness.missing(),
             "meshWorkloads": directory.workloads().count(),
             "directoryError": self.directory.standing().faults(),
-            "enrolled": enrolled.values().filter(|outcome| outcome.is_ok()).count(),
-            "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
+            "enrolled": enrolled.values().filter(|standing| **standing == Standing::Enrolled).count(),
+            "notEnrolled": enrolled.values().filter_map(Standing::fault).count(),
             "policies": self.policies.loaded().policies().count(),
             "policyError": self.policies.fault().as_deref(),
             "svids": trust.svids.len(),
@@ -163,8 +164,9 @@ impl State {
             .map(|workload| {
                 let name = workload.full_name();
                 let state = match enrolled.get(&name) {
-                    Some(Ok(())) => "enrolled".to_owned(),
-                    Some(Err(reason)) => format!("not enrolled: {reason}"),
+                    Some(Standing::Enrolled) => "enrolled".to_owned(),
+                    Some(Standing::Waiting(reason)) => format!("waiting: {reason}"),
+                    Some(Standing::Failed(reason)) => format!("not enrolled: {reason}"),
                     None if workload.node == self.node => "off".to_owned(),
                     None => "remote".to_owned(),
                 };

@@ -14,4 +14,4 @@ mod rows;
 mod watch;
 
 pub use rows::MODE_LABEL;
-pub use watch::{ConnectError, Connection, probe, watch};
+pub use watch::{ConnectError, Connection, probe, servers, watch};

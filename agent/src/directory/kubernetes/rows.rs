@@ -45,8 +45,8 @@ pub(super) fn mode(meta: &ObjectMeta) -> Option<Mode> {
     })
 }
 
-/// A pod as a workload, with the mode that its own label asks for; `None` when it has no address of its
-/// own: in the node's network, not placed yet, or ended.
+/// A pod as a workload, with the mode that its own label asks for; `None` when it has no network of its
+/// own: in the node's, not placed yet, or ended. Its addresses may be told later than it starts.
 pub(super) fn workload(
     pod: objects::Pod,
     domain: &TrustDomain,
@@ -65,7 +65,7 @@ pub(super) fn workload(
             addresses.push(ip);
         }
     }
-    let (Some(node), false) = (pod.spec.node_name, addresses.is_empty()) else { return Ok(None) };
+    let Some(node) = pod.spec.node_name else { return Ok(None) };
     let mode = mode(&pod.metadata);
     let namespace = pod.metadata.namespace.unwrap_or_default();
     let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty());
