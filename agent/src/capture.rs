@@ -6,6 +6,7 @@
 
 mod diag;
 mod events;
+mod exclusions;
 mod listener;
 pub mod mount;
 mod pods;

@@ -222,10 +222,11 @@ impl Enroller {
 
     fn ensure(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), String> {
         let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload, cgroups) };
-        if now.workload.mode != workload.mode {
+        if now.workload.mode != workload.mode || now.workload.exclusions != workload.exclusions {
             self.capture.enrol(workload, &now.netns).map_err(|e| e.to_string())?;
             now.pod.set_mode(workload.mode);
-            tracing::info!(workload = name, mode = ?workload.mode, "mode changed");
+            let exclusions = workload.exclusions.words();
+            tracing::info!(workload = name, mode = ?workload.mode, ?exclusions, "mode or exclusions changed");
         }
         now.workload = Arc::clone(workload);
         Ok(())

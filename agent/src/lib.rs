@@ -4,7 +4,7 @@
 //!
 //! - [`capture`] takes a connection over, inside the pod's [`netns`];
 //! - [`directory`] says who must be at its destination, [`balance`] which endpoint of a service it is;
-//! - [`policy`] says who may reach whom;
+//! - [`policy`] says who may reach whom, [`mesh_policy`] how workloads take part in the mesh;
 //! - [`outbound`] is the sending agent's whole way: resolve, then a stream from the [`pool`];
 //! - [`pool`] holds connections by (source identity, destination identity, address);
 //! - [`proof`] proves many workloads on one connection between two nodes;
@@ -16,8 +16,8 @@
 //! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], [`crls`], and [`trust`], which
-//! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`capacity`],
-//! [`cli`]. [`run`] alone knows all of them.
+//! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`fleet`],
+//! [`capacity`], [`cli`]. [`run`] alone knows all of them.
 
 // The exceptions are at the kernel boundary, and each says why.
 #![deny(unsafe_code)]
@@ -41,7 +41,9 @@ macro_rules! generated {
     };
 }
 
+pub mod cidr;
 pub mod config;
+pub mod document;
 pub mod verdict;
 
 pub mod authority;
@@ -60,6 +62,7 @@ pub mod enrol;
 pub mod hbone;
 pub mod inbound;
 pub mod local;
+pub mod mesh_policy;
 pub mod netns;
 pub mod outbound;
 pub mod pod;
@@ -75,5 +78,6 @@ pub mod admin;
 pub mod capacity;
 pub mod check;
 pub mod cli;
+pub mod fleet;
 pub mod run;
 pub mod telemetry;

@@ -19,15 +19,17 @@ use tokio_util::task::TaskTracker;
 use crate::admin::{self, Readiness, State};
 use crate::balance::Balance;
 use crate::capture::Capture;
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, PolicyConfig};
 use crate::crls::Keeper;
 use crate::directory::{Live, source};
 use crate::enrol::{Enroller, LOOK_EVERY};
+use crate::fleet::lease;
+use crate::fleet::reach::Reach;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::issue;
 use crate::issue::keep::{self, Keep};
-use crate::policy::Policies;
+use crate::policy::{self, Policies};
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
 use crate::telemetry::access_log::KernelLog;
@@ -45,7 +47,7 @@ const MAX_DEFAULT_WORKERS: usize = 8;
 const WORDS: usize = 1024;
 
 /// What readiness waits for.
-const CONDITIONS: [&str; 4] = ["directory", "node-svid", "pods-enrolled", "workload-svids"];
+const CONDITIONS: [&str; 5] = ["policies", "directory", "node-svid", "pods-enrolled", "workload-svids"];
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). `give_back` lets the allocator give free
 /// memory back.
@@ -72,17 +74,9 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
     let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
+    let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
     let (directory, following_directory) =
-        source::open(&config.directory, domain, Some(&config.node)).await?;
-    let policies = match &config.policy {
-        Some(policy) => {
-            let policies = Policies::load(&policy.file, domain.clone())?;
-            let count = policies.loaded().policies().count();
-            tracing::info!(file = %policy.file.display(), policies = count, "access policies read");
-            policies
-        }
-        None => Policies::none(domain.clone()),
-    };
+        source::open(&config.directory, domain, Some(&config.node), policies.mesh()).await?;
     let admin_listener = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
@@ -131,17 +125,18 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
     tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
-    if let Some(policy) = &config.policy {
-        tokio::spawn(policies.watch(policy.file.clone()));
-    }
+    tokio::spawn(following_policies);
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer));
     tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
     tokio::spawn(beat(Arc::clone(&capture)));
     tokio::spawn(log_kernel_events(Arc::clone(&capture)));
     tokio::spawn(judge_readiness(Arc::clone(&state), own));
+    if let Some(PolicyConfig::Kubernetes(cluster)) = &config.policy {
+        tell_the_cluster(policy::kubernetes::Connection::new(cluster).await?, &config, &state);
+    }
     let stop_enrolling = CancellationToken::new();
-    let enrolling = enrol_for_ever(enroller, directory, stop_enrolling.clone())?;
+    let enrolling = enrol_for_ever(enroller, directory, Arc::clone(&policies), stop_enrolling.clone())?;
 
     tracing::info!(node = config.node, trust_domain = %domain, "the agent runs");
     wait_for_stop().await?;
@@ -303,26 +298,46 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
         let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
         let unread = || state.directory.standing().faults().unwrap_or_else(|| "not read yet".into());
         let directory_missing = (!state.directory.is_read()).then(unread);
-        let missing = [directory_missing, node_missing, pods_missing, svid_missing];
+        let unread = || state.policies.fault().map_or_else(|| "not read yet".into(), |why| why.to_string());
+        let policies_missing = (!state.policies.is_read()).then(unread);
+        let missing = [policies_missing, directory_missing, node_missing, pods_missing, svid_missing];
         for (condition, missing) in CONDITIONS.into_iter().zip(missing) {
             state.readiness.set(condition, missing);
         }
     }
 }
 
+/// Says in a Lease how this agent stands, for policies' statuses and `hauberk check --cluster`.
+fn tell_the_cluster(connection: policy::kubernetes::Connection, config: &AgentConfig, state: &Arc<State>) {
+    let reach = Arc::new(Reach::default());
+    let (directory, node) = (Arc::clone(&state.directory), config.node.clone());
+    let tunnel = &config.tunnel;
+    tokio::spawn(Arc::clone(&reach).look(directory, node.clone(), tunnel.port, tunnel.connect_timeout));
+    let (known, told) = (Arc::clone(&state.directory), Arc::clone(state));
+    let nodes = move || known.load().node_count();
+    let report = move || told.report(&reach);
+    tokio::spawn(lease::keep(connection, node, Arc::clone(&state.policies), nodes, report));
+}
+
 /// Enrols on a thread of its own, as that enters other namespaces; gives the data path back at the end.
 fn enrol_for_ever(
     mut enroller: Enroller,
     directory: Arc<Live>,
+    policies: Arc<Policies>,
     stop: CancellationToken,
 ) -> Result<std::thread::JoinHandle<Vec<Thread>>> {
     let handle = tokio::runtime::Handle::current();
     let mut changes = directory.subscribe();
     let work = move || {
-        // Nobody is known yet, which must not be taken for nobody being there: what is pinned stays.
+        // Nobody is known yet, which must not be taken for nobody being there: what is pinned stays. And without
+        // the policies nobody may be let in.
+        let known = async || {
+            policies.read().await;
+            directory.read().await;
+        };
         let is_stopped = handle.block_on(async {
             tokio::select! {
-                () = directory.read() => false,
+                () = known() => false,
                 () = stop.cancelled() => true,
             }
         });

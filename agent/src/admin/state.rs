@@ -106,16 +106,20 @@ impl State {
         let trust = self.trust.snapshot();
         let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
         let page = self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled);
-        page + &self.directory.standing().render()
+        let policies = self.policies.standing().map(|standing| standing.render());
+        page + &self.directory.standing().render() + &policies.unwrap_or_default()
     }
 
     fn ready(&self) -> Page {
         let missing = self.readiness.missing();
         if missing.is_empty() {
             // The last good state serves on: a reason to look, not to be taken out of service.
-            let stale = self.directory.standing().faults();
-            let stale = stale.map(|faults| format!("directory is stale: {faults}\n")).unwrap_or_default();
-            return Page::text(format!("ready\n{stale}"));
+            let stale = |what: &str, faults: Option<String>| {
+                faults.map(|faults| format!("{what} stale: {faults}\n")).unwrap_or_default()
+            };
+            let directory = stale("directory is", self.directory.standing().faults());
+            let policies = stale("policies are", self.policies.fault().map(|why| why.to_string()));
+            return Page::text(format!("ready\n{directory}{policies}"));
         }
         let body = missing.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>();
         Page { status: StatusCode::SERVICE_UNAVAILABLE, ..Page::text(body) }
@@ -140,6 +144,8 @@ impl State {
             "enrolled": enrolled.values().filter(|outcome| outcome.is_ok()).count(),
             "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
             "policies": self.policies.loaded().policies().count(),
+            "meshPolicies": self.policies.mesh().load().count(),
+            "policyDigest": self.policies.digest().as_deref(),
             "policyError": self.policies.fault().as_deref(),
             "svids": trust.svids.len(),
             "outageMarginSeconds": margin.left.map(|left| left.as_secs()),
@@ -171,6 +177,7 @@ impl State {
                     "id": workload.id.as_str(),
                     "node": workload.node,
                     "mode": workload.mode,
+                    "exclusions": workload.exclusions.words(),
                     "addresses": workload.addresses,
                     "state": state,
                 })

@@ -21,6 +21,7 @@ use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::{Revocations, Revoked};
 use crate::identity::svid::Leaf;
+use crate::policy::Policies;
 
 /// What the authority counts.
 #[derive(Debug)]
@@ -72,11 +73,12 @@ impl Counters {
     }
 
     /// What is served at a path of the admin address.
-    pub fn page(&self, path: &str, directory: &Live) -> Option<String> {
+    pub fn page(&self, path: &str, directory: &Live, policies: &Policies) -> Option<String> {
         match path {
             "/metrics" => {
                 let own = TextEncoder::new().encode_to_string(&self.registry.gather()).ok()?;
-                Some(own + &directory.standing().render())
+                let policies = policies.standing().map(|standing| standing.render()).unwrap_or_default();
+                Some(own + &directory.standing().render() + &policies)
             }
             "/healthz" | "/readyz" => Some("ok\n".into()),
             _ => None,
@@ -176,8 +178,11 @@ impl Service {
     }
 
     fn sign(&self, id: &SpiffeId, node: &str, csr: &[u8], now: SystemTime) -> Result<Svid, Refusal> {
-        let signed = ProvenKey::from_csr(csr)
-            .and_then(|key| self.ca.issue_to(&key, id, Some(node), self.lifetime, now));
+        // A policy may shorten a life, never prolong it.
+        let wanted = self.directory.load().svid_lifetime(id, node);
+        let lifetime = wanted.map_or(self.lifetime, |wanted| wanted.min(self.lifetime));
+        let signed =
+            ProvenKey::from_csr(csr).and_then(|key| self.ca.issue_to(&key, id, Some(node), lifetime, now));
         match signed {
             Ok(chain) => Ok(Svid {
                 chain: chain.iter().map(|c| c.to_vec()).collect(),

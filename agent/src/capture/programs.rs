@@ -15,11 +15,13 @@ use super::{CaptureError, mount};
 use crate::directory::Mode;
 
 /// Every map of the object; all are pinned, so that a restarted agent finds the same contents.
-const MAPS: [&str; 10] = [
+const MAPS: [&str; 12] = [
     "MESH",
     "PODS",
     "POD_ADDRS",
     "EXEMPT",
+    "EXCLUDED_PORTS",
+    "EXCLUDED_RANGES",
     "ORIGINAL_DST",
     "TRUE_SOURCE",
     "PEER",

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::cidr::Cidr;
+use crate::cidr::Cidr;
 use super::document::{AccessPolicy, Action, Peer};
 use crate::directory::Workload;
 use crate::identity::{ParseError, SpiffeId, TrustDomain};

@@ -39,6 +39,7 @@ const KERNEL_VERDICTS: [&str; VERDICT_COUNT as usize] = [
     "egress_dropped",
     "bypassed",
     "capture_failed",
+    "excluded",
 ];
 
 /// One counter for each combination of the closed labels.
