@@ -34,7 +34,8 @@ generated! {
 
 /// What keeps the statuses of the cluster's policies, if they are a cluster's.
 async fn keep_statuses(config: &AuthorityConfig, policies: &Policies) -> Result<source::Following> {
-    let (Some(PolicyConfig::Kubernetes(cluster)), Some(standing)) = (&config.policy, policies.standing()) else {
+    let (Some(PolicyConfig::Kubernetes(cluster)), Some(standing)) = (&config.policy, policies.standing())
+    else {
         return Ok(Box::pin(std::future::pending()));
     };
     let connection = policy::kubernetes::Connection::new(cluster).await?;
@@ -54,7 +55,8 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     let (directory, following_directory) =
         source::open(&config.directory, &config.trust_domain, None, policies.mesh()).await?;
     let statuses = keep_statuses(&config, &policies).await?;
-    let watching = tokio::spawn(async move { tokio::join!(following_directory, following_policies, statuses) });
+    let watching =
+        tokio::spawn(async move { tokio::join!(following_directory, following_policies, statuses) });
     let counters = Arc::new(Counters::new()?);
     let revoked = Arc::new(store.revocations()?);
     let bundle = watch::Sender::new(Arc::new(ca.bundle().clone().with_revocations(revoked)));

@@ -91,9 +91,13 @@ pub fn run(give_back: fn()) -> ExitCode {
 /// kubectl runs `kubectl hauberk ...` as `kubectl-hauberk ...`, which is a link to this program. There `check`
 /// is about the cluster.
 fn as_plugin(mut args: Vec<OsString>) -> Vec<OsString> {
-    let is_plugin = args.first().and_then(|path| Path::new(path).file_name()) == Some("kubectl-hauberk".as_ref());
+    let is_plugin =
+        args.first().and_then(|path| Path::new(path).file_name()) == Some("kubectl-hauberk".as_ref());
     let is_about_here = args.iter().any(|arg| arg == "--config" || arg == "--cluster");
-    if is_plugin && !is_about_here && let Some(at) = args.iter().position(|arg| arg == "check") {
+    if is_plugin
+        && !is_about_here
+        && let Some(at) = args.iter().position(|arg| arg == "check")
+    {
         args.insert(at + 1, "--cluster".into());
     }
     args
@@ -136,7 +140,10 @@ mod tests {
     fn as_a_plugin_check_is_about_the_cluster() {
         let args = |words: &str| as_plugin(words.split(' ').map(Into::into).collect());
         let words = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
-        assert_eq!(args("/bin/kubectl-hauberk check -o json"), words("/bin/kubectl-hauberk check --cluster -o json"));
+        assert_eq!(
+            args("/bin/kubectl-hauberk check -o json"),
+            words("/bin/kubectl-hauberk check --cluster -o json")
+        );
         assert_eq!(args("kubectl-hauberk check --config x"), words("kubectl-hauberk check --config x"));
         assert_eq!(args("/bin/hauberk check"), words("/bin/hauberk check"));
     }

@@ -207,7 +207,9 @@ pub struct PolicyKubernetesConfig {
 }
 
 /// Reads `field: {KIND: {...}}`.
-pub(crate) fn one<'de, D: serde::Deserializer<'de>, T: DeserializeOwned>(d: D) -> Result<Option<T>, D::Error> {
+pub(crate) fn one<'de, D: serde::Deserializer<'de>, T: DeserializeOwned>(
+    d: D,
+) -> Result<Option<T>, D::Error> {
     serde_yaml::with::singleton_map::deserialize(d).map(Some)
 }
 

@@ -59,7 +59,8 @@ impl Loaded {
     pub fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = &'a str> {
         let here = self.by_namespace.keys();
         let gone = other.by_namespace.keys().filter(|namespace| !self.by_namespace.contains_key(*namespace));
-        let differs = |namespace: &&Box<str>| self.by_namespace.get(*namespace) != other.by_namespace.get(*namespace);
+        let differs =
+            |namespace: &&Box<str>| self.by_namespace.get(*namespace) != other.by_namespace.get(*namespace);
         here.chain(gone).filter(differs).map(|namespace| &**namespace)
     }
 
@@ -210,8 +211,10 @@ mod tests {
         assert!(!policies.is_read());
         assert!(policies.replace(Vec::new()), "read, and empty");
         assert!(policies.is_read() && !policies.replace(Vec::new()));
-        let two =
-            [policy("a", "x", "{selector: {all: true}, mode: off}"), policy("a", "y", "{selector: {all: true}, mode: off}")];
+        let two = [
+            policy("a", "x", "{selector: {all: true}, mode: off}"),
+            policy("a", "y", "{selector: {all: true}, mode: off}"),
+        ];
         assert!(policies.replace(two.to_vec()));
         assert!(!policies.replace(two.into_iter().rev().collect()), "in another order");
     }

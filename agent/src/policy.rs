@@ -246,10 +246,12 @@ impl Policies {
         self.standing.as_ref()
     }
 
-    /// Why the newest state of the source is not in use, if it is not.
-    pub fn fault(&self) -> Option<Arc<String>> {
-        let away = || self.standing.as_ref().and_then(|standing| standing.faults()).map(Arc::new);
-        self.fault.load_full().or_else(away)
+    /// Why the newest state of the source, or of a part of it, is not in use, if it is not.
+    pub fn fault(&self) -> Option<String> {
+        let away = self.standing.as_ref().and_then(|standing| standing.faults());
+        let unusable = self.fault.load().as_ref().map(|words| words.as_str().to_owned());
+        let faults: Vec<String> = away.into_iter().chain(unusable).collect();
+        (!faults.is_empty()).then(|| faults.join("; "))
     }
 
     /// Grows with every change of what is enforced.

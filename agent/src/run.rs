@@ -298,7 +298,7 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
         let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
         let unread = || state.directory.standing().faults().unwrap_or_else(|| "not read yet".into());
         let directory_missing = (!state.directory.is_read()).then(unread);
-        let unread = || state.policies.fault().map_or_else(|| "not read yet".into(), |why| why.to_string());
+        let unread = || state.policies.fault().unwrap_or_else(|| "not read yet".into());
         let policies_missing = (!state.policies.is_read()).then(unread);
         let missing = [policies_missing, directory_missing, node_missing, pods_missing, svid_missing];
         for (condition, missing) in CONDITIONS.into_iter().zip(missing) {

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hauberk::cidr::Cidr;
 use hauberk::directory::{Mode, Workload};
 use hauberk::identity::{SpiffeId, TrustDomain};
-use hauberk::cidr::Cidr;
 use hauberk::policy::document::{self, AccessPolicy, Action, Metadata, Peer, Selector, Spec};
 use hauberk::policy::rule::{Decision, Outcome, Rules};
 use hauberk::policy::{Attempt, Policies};

@@ -7,7 +7,8 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use ebpf::{
-    Addr, Captured, Delivery, Event, ExcludedPort, OUTBOUND, OriginalDst, Peer, Pod, TrueSource, VERDICT_COUNT,
+    Addr, Captured, Delivery, Event, ExcludedPort, OUTBOUND, OriginalDst, Peer, Pod, TrueSource,
+    VERDICT_COUNT,
 };
 
 /// Tables that are nearly empty most of the time take memory only for what is in them.

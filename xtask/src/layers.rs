@@ -22,10 +22,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("crls", &["config", "identity", "trust"]),
     ("tls", &["identity", "telemetry", "verdict"]),
     ("issue", &["authority", "config", "identity", "tls", "trust", "verdict"]),
-    (
-        "authority",
-        &["admin", "ca", "config", "directory", "fleet", "identity", "issue", "policy", "tls"],
-    ),
+    ("authority", &["admin", "ca", "config", "directory", "fleet", "identity", "issue", "policy", "tls"]),
     ("rotate", &["identity", "issue", "telemetry", "trust", "verdict"]),
     ("netns", &[]),
     ("directory", &["config", "document", "identity", "mesh_policy"]),
@@ -117,10 +114,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "admin",
         &["capture", "directory", "enrol", "fleet", "identity", "policy", "rotate", "telemetry", "trust"],
     ),
-    (
-        "check",
-        &["capture", "config", "directory", "fleet", "identity", "mesh_policy", "policy", "tls"],
-    ),
+    ("check", &["capture", "config", "directory", "fleet", "identity", "mesh_policy", "policy", "tls"]),
     (
         "cli",
         &[

@@ -13,7 +13,8 @@ impl State {
     /// What holds now.
     pub fn report(&self, reach: &Reach) -> Report {
         let enrolled = self.enrolled.now();
-        let reasons = enrolled.iter().filter_map(|(name, how)| Some(format!("{name}: {}", how.as_ref().err()?)));
+        let reasons =
+            enrolled.iter().filter_map(|(name, how)| Some(format!("{name}: {}", how.as_ref().err()?)));
         let not_enrolled: Vec<String> = reasons.collect();
         let rotation = self.rotation.now();
         let failures =
@@ -27,12 +28,14 @@ impl State {
             kernel: uname().map_or_else(|_| "?".into(), |it| it.release().to_string_lossy().into_owned()),
             missing: self.readiness.missing().iter().map(|(name, why)| format!("{name}: {why}")).collect(),
             policies: self.policies.digest().map(|digest| digest.as_str().to_owned()),
-            policy_fault: self.policies.fault().map(|fault| fault.as_str().to_owned()),
+            policy_fault: self.policies.fault(),
             directory_fault: self.directory.standing().faults(),
             enrolled: enrolled.len() - not_enrolled.len(),
             not_enrolled: not_enrolled.len(),
             why_not_enrolled: not_enrolled.into_iter().take(MAX_LISTED).collect(),
-            roots_until: roots.filter_map(|(_, root)| root.validity().not_after.timestamp().try_into().ok()).min(),
+            roots_until: roots
+                .filter_map(|(_, root)| root.validity().not_after.timestamp().try_into().ok())
+                .min(),
             svids_until: rotation.values().filter_map(|how| how.not_after).map(unix).min(),
             svid_failures: failures.take(MAX_LISTED).collect(),
             not_reached: looks.iter().filter_map(|(node, why)| Some((node.clone(), why.clone()?))).collect(),

@@ -118,7 +118,7 @@ impl State {
                 faults.map(|faults| format!("{what} stale: {faults}\n")).unwrap_or_default()
             };
             let directory = stale("directory is", self.directory.standing().faults());
-            let policies = stale("policies are", self.policies.fault().map(|why| why.to_string()));
+            let policies = stale("policies are", self.policies.fault());
             return Page::text(format!("ready\n{directory}{policies}"));
         }
         let body = missing.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>();
@@ -146,7 +146,7 @@ impl State {
             "policies": self.policies.loaded().policies().count(),
             "meshPolicies": self.policies.mesh().load().count(),
             "policyDigest": self.policies.digest().as_deref(),
-            "policyError": self.policies.fault().as_deref(),
+            "policyError": self.policies.fault(),
             "svids": trust.svids.len(),
             "outageMarginSeconds": margin.left.map(|left| left.as_secs()),
             "availabilityTargetSeconds": margin.target.map(|target| target.as_secs()),

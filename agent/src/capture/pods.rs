@@ -190,7 +190,8 @@ impl Capture {
         let outcome = diag::destroy(|connection| {
             let (local, port) = connection.local();
             let (remote, remote_port) = connection.remote();
-            let excluded = workload.exclusions.leaves_out(remote, remote_port) || workload.exclusions.lets_in(port);
+            let excluded =
+                workload.exclusions.leaves_out(remote, remote_port) || workload.exclusions.lets_in(port);
             // To itself: captured already, or delivered. On the tunnel's port: ours.
             remote != local && port != tunnel && mesh.contains(&remote) && !excluded
         });

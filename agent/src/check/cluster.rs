@@ -187,7 +187,8 @@ async fn rights(client: &Client, namespace: &str) -> Result<Vec<String>, String>
     let mut missing = Vec::new();
     for (account, needed) in NEEDED {
         for (verb, group, resource, own) in needed {
-            let (resource_name, subresource) = resource.split_once('/').map_or((*resource, None), |(a, b)| (a, Some(b)));
+            let (resource_name, subresource) =
+                resource.split_once('/').map_or((*resource, None), |(a, b)| (a, Some(b)));
             let asked = ResourceAttributes {
                 verb: Some((*verb).into()),
                 group: Some((*group).into()),

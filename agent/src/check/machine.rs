@@ -131,7 +131,8 @@ fn api_server(config: &AgentConfig, cluster: &KubernetesConfig) -> Found {
 
 fn cluster_policies(config: &PolicyKubernetesConfig) -> Result<String, String> {
     ask(async {
-        let connection = policy::kubernetes::Connection::new(config).await.map_err(|error| error.to_string())?;
+        let connection =
+            policy::kubernetes::Connection::new(config).await.map_err(|error| error.to_string())?;
         policy::kubernetes::probe(&connection).await
     })
     .map(|()| "the API server lets this agent read them".into())
@@ -150,7 +151,8 @@ fn policies(config: &AgentConfig) -> Option<Found> {
     const NAME: &str = "policies";
     let (found, mend) = match config.policy.as_ref()? {
         PolicyConfig::File(file) => {
-            let loaded = policy::document::load(file).map(|documents| format!("{} policies", documents.count()));
+            let loaded =
+                policy::document::load(file).map(|documents| format!("{} policies", documents.count()));
             (loaded.map_err(|error| error.to_string()), "correct the file")
         }
         PolicyConfig::Kubernetes(config) => {

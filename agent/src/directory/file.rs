@@ -294,7 +294,8 @@ mod tests {
 
     fn parse(text: &str) -> Result<Directory, String> {
         let document: Document = serde_yaml::from_str(text).map_err(|e| e.to_string())?;
-        build(document, &TrustDomain::parse("td.test").unwrap(), &Loaded::default()).map_err(|(at, what)| format!("{at}: {what}"))
+        build(document, &TrustDomain::parse("td.test").unwrap(), &Loaded::default())
+            .map_err(|(at, what)| format!("{at}: {what}"))
     }
 
     const TWO: &str = "

@@ -19,7 +19,11 @@ pub struct Live {
 impl Live {
     /// Knows nobody until the first [`Live::replace`].
     pub fn new(standing: Standing) -> Arc<Self> {
-        Arc::new(Self { now: ArcSwap::default(), changed: watch::Sender::new(0), standing: Arc::new(standing) })
+        Arc::new(Self {
+            now: ArcSwap::default(),
+            changed: watch::Sender::new(0),
+            standing: Arc::new(standing),
+        })
     }
 
     /// The state as of now.

@@ -28,7 +28,10 @@ impl Standing {
     pub fn new(what: &'static str) -> prometheus::Result<Self> {
         let registry = Registry::new();
         let objects = IntGaugeVec::new(
-            Opts::new(format!("hauberk_{what}_objects"), format!("Objects that the source of the {what} has, by kind.")),
+            Opts::new(
+                format!("hauberk_{what}_objects"),
+                format!("Objects that the source of the {what} has, by kind."),
+            ),
             &["kind"],
         )?;
         // Without labels: it is not there until something was heard.
@@ -40,7 +43,10 @@ impl Standing {
             &[],
         )?;
         let resyncs = IntCounterVec::new(
-            Opts::new(format!("hauberk_{what}_resyncs_total"), "How often objects were read in whole, by kind."),
+            Opts::new(
+                format!("hauberk_{what}_resyncs_total"),
+                "How often objects were read in whole, by kind.",
+            ),
             &["kind"],
         )?;
         let errors = IntCounterVec::new(

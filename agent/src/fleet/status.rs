@@ -69,9 +69,8 @@ impl Condition {
     }
 
     fn says_the_same(&self, other: &Self) -> bool {
-        let words = |it: &Self| {
-            (it.status.clone(), it.reason.clone(), it.message.clone(), it.observed_generation)
-        };
+        let words =
+            |it: &Self| (it.status.clone(), it.reason.clone(), it.message.clone(), it.observed_generation);
         words(self) == words(other)
     }
 }
@@ -298,7 +297,10 @@ mod tests {
         assert_eq!((&*second[1].status, &*second[1].message), ("True", "2 of 2 agents"));
         assert_eq!(second[0].last_transition_time, "t1", "nothing changed there");
         assert_eq!(second[1].last_transition_time, "t3");
-        assert!(owed(&object(1, second.clone()), None, "newer", &all, "t4").is_none(), "another policy changed");
+        assert!(
+            owed(&object(1, second.clone()), None, "newer", &all, "t4").is_none(),
+            "another policy changed"
+        );
         let third = words(owed(&object(2, second), None, "newer", &all, "t5"));
         assert_eq!(third[1], ("False".into(), "0 of 2 agents; not yet a, b".into(), "t5".into()));
     }

@@ -194,7 +194,8 @@ mod tests {
             "{{apiVersion: hauberk.dev/v1alpha1, kind: MeshPolicy, metadata: {{name: p, namespace: shop}}, spec: {spec}}}"
         );
         let read = serde_yaml::from_str::<MeshPolicy>(&text).map_err(|e| e.to_string());
-        let checked = read.and_then(|policy| policy.check().map_err(|(field, what)| format!("{field}: {what}")));
+        let checked =
+            read.and_then(|policy| policy.check().map_err(|(field, what)| format!("{field}: {what}")));
         checked.expect_err(spec)
     }
 
@@ -221,7 +222,10 @@ mod tests {
             ("{selector: {all: true}, exclude: {outboundCidrs: [10.0.0.1/8]}}", "write 10.0.0.0/8"),
             ("{selector: {all: true}, exclude: {ports: [1]}}", "unknown field `ports`"),
             (
-                &format!("{{selector: {{all: true}}, exclude: {{inboundPorts: [{}]}}}}", many("1", MAX_PORTS + 1)),
+                &format!(
+                    "{{selector: {{all: true}}, exclude: {{inboundPorts: [{}]}}}}",
+                    many("1", MAX_PORTS + 1)
+                ),
                 "has 65 entries",
             ),
             (

@@ -308,7 +308,8 @@ mod tests {
 
     #[test]
     fn both_kinds_are_read_from_one_text_and_may_have_one_name() {
-        let mesh = "apiVersion: hauberk.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {name: a, namespace: shop}\n";
+        let mesh =
+            "apiVersion: hauberk.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {name: a, namespace: shop}\n";
         let access = format!(
             "{HEAD}metadata: {{name: a, namespace: shop}}\nspec: {{selector: {{all: true}}, action: allow, from: []}}\n"
         );

@@ -63,7 +63,9 @@ fn definitions(facts: &Facts) -> Found {
 fn rights(facts: &Facts) -> Found {
     const NAME: &str = "RBAC";
     match &facts.rights {
-        Ok(missing) if missing.is_empty() => Found::ok(NAME, "agents and authority have the rights they need"),
+        Ok(missing) if missing.is_empty() => {
+            Found::ok(NAME, "agents and authority have the rights they need")
+        }
         Ok(missing) => Found::fail(
             NAME,
             some(missing.clone()),
@@ -87,7 +89,9 @@ fn authority(facts: &Facts) -> Found {
             Found::warn(NAME, format!("{available} of {wanted} replicas are available"), LOOK)
         }
         Ok(Some((wanted, _))) => Found::ok(NAME, format!("{wanted} replicas are available")),
-        Err(error) => Found::warn(NAME, format!("cannot be asked: {error}"), "whoever checks needs to get deployments"),
+        Err(error) => {
+            Found::warn(NAME, format!("cannot be asked: {error}"), "whoever checks needs to get deployments")
+        }
     }
 }
 
@@ -96,8 +100,20 @@ fn agents(facts: &Facts) -> Found {
     const LOOK: &str = "look at its pod (kubectl -n hauberk-system get pods -o wide) and that pod's log";
     let (agents, nodes) = match (&facts.agents, &facts.nodes) {
         (Ok(agents), Ok(nodes)) => (agents, nodes),
-        (Err(error), _) => return Found::fail(NAME, format!("cannot read Leases: {error}"), "whoever checks needs to list leases in hauberk-system (--namespace)"),
-        (_, Err(error)) => return Found::fail(NAME, format!("cannot list nodes: {error}"), "whoever checks needs to list nodes"),
+        (Err(error), _) => {
+            return Found::fail(
+                NAME,
+                format!("cannot read Leases: {error}"),
+                "whoever checks needs to list leases in hauberk-system (--namespace)",
+            );
+        }
+        (_, Err(error)) => {
+            return Found::fail(
+                NAME,
+                format!("cannot list nodes: {error}"),
+                "whoever checks needs to list nodes",
+            );
+        }
     };
     let live: HashSet<&str> =
         agents.iter().filter(|agent| agent.is_live(facts.now)).map(|agent| agent.node.as_str()).collect();
@@ -105,14 +121,21 @@ fn agents(facts: &Facts) -> Found {
     if without.is_empty() {
         return Found::ok(NAME, format!("on all {} nodes", nodes.len()));
     }
-    let detail = format!("{} of {} nodes have no agent that was heard of lately: {}", without.len(), nodes.len(), some(without));
+    let detail = format!(
+        "{} of {} nodes have no agent that was heard of lately: {}",
+        without.len(),
+        nodes.len(),
+        some(without)
+    );
     Found::fail(NAME, detail, LOOK)
 }
 
 fn kernels(live: &[&Heard]) -> Found {
     const NAME: &str = "kernels";
     let below = |least: (u32, u32)| {
-        let older = move |agent: &&&Heard| kernel::version_of(&agent.report.kernel).is_none_or(|version| version < least);
+        let older = move |agent: &&&Heard| {
+            kernel::version_of(&agent.report.kernel).is_none_or(|version| version < least)
+        };
         live.iter().filter(older).map(|agent| format!("{}: {}", agent.node, agent.report.kernel))
     };
     if below(kernel::LEAST).next().is_some() {
@@ -135,8 +158,14 @@ fn versions(live: &[&Heard]) -> Found {
     match by_version.len() {
         0 => Found::ok(NAME, "no agents"),
         1 if by_version.contains_key(own) => Found::ok(NAME, words),
-        1 => Found::warn(NAME, format!("{words}; this program is {own}"), "check with the agents' own version"),
-        _ => Found::warn(NAME, words, "an upgrade is under way, or stuck: kubectl -n hauberk-system rollout status ds/hauberk-agent"),
+        1 => {
+            Found::warn(NAME, format!("{words}; this program is {own}"), "check with the agents' own version")
+        }
+        _ => Found::warn(
+            NAME,
+            words,
+            "an upgrade is under way, or stuck: kubectl -n hauberk-system rollout status ds/hauberk-agent",
+        ),
     }
 }
 
@@ -176,10 +205,18 @@ fn ready(live: &[&Heard]) -> Found {
         Some(format!("{}: the directory is stale: {fault}", agent.node))
     };
     if live.iter().any(|agent| words(agent).is_some()) {
-        return Found::fail(NAME, some(live.iter().filter_map(words)), "hauberk status on the node says more");
+        return Found::fail(
+            NAME,
+            some(live.iter().filter_map(words)),
+            "hauberk status on the node says more",
+        );
     }
     if live.iter().any(|agent| stale(agent).is_some()) {
-        return Found::fail(NAME, some(live.iter().filter_map(stale)), "mend what the API server's words name");
+        return Found::fail(
+            NAME,
+            some(live.iter().filter_map(stale)),
+            "mend what the API server's words name",
+        );
     }
     Found::ok(NAME, format!("{} agents are ready", live.len()))
 }
@@ -191,9 +228,11 @@ fn roots(live: &[&Heard], facts: &Facts) -> Found {
     match first.map(|until| until.saturating_sub(now) / DAY) {
         None => Found::warn(NAME, "no agent knows of any", "see readiness"),
         Some(0) => Found::fail(NAME, "a root has expired, or does today", "distribute a new bundle"),
-        Some(days @ 1..=ROOT_DAYS) => {
-            Found::fail(NAME, format!("a root expires in {days} days"), "replace it: distribute old and new together first")
-        }
+        Some(days @ 1..=ROOT_DAYS) => Found::fail(
+            NAME,
+            format!("a root expires in {days} days"),
+            "replace it: distribute old and new together first",
+        ),
         Some(days) => Found::ok(NAME, format!("valid for {days} days")),
     }
 }
@@ -204,11 +243,14 @@ fn certificates(live: &[&Heard], facts: &Facts) -> Found {
     let now = facts.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let ends = |agent: &&&Heard| agent.report.svids_until.is_some_and(|until| until < now + SVID_SECONDS);
     if live.iter().any(|agent| ends(&agent)) {
-        let words = live.iter().filter(ends).map(|agent| format!("{}: one ends within 10 minutes", agent.node));
+        let words =
+            live.iter().filter(ends).map(|agent| format!("{}: one ends within 10 minutes", agent.node));
         return Found::fail(NAME, some(words), LOOK);
     }
     let failures = || {
-        let failed = |agent: &&Heard| agent.report.svid_failures.iter().map(|why| format!("{}: {why}", agent.node)).collect::<Vec<_>>();
+        let failed = |agent: &&Heard| {
+            agent.report.svid_failures.iter().map(|why| format!("{}: {why}", agent.node)).collect::<Vec<_>>()
+        };
         live.iter().flat_map(failed)
     };
     if failures().next().is_some() {
@@ -225,7 +267,11 @@ fn captured(live: &[&Heard]) -> Found {
         return Found::ok(NAME, format!("all {captured} pods of the mesh"));
     }
     let why = live.iter().flat_map(|agent| agent.report.why_not_enrolled.iter().cloned());
-    Found::fail(NAME, format!("{not} of {} are not: {}", not + captured, some(why)), "the agent tries again every second; mend the reason")
+    Found::fail(
+        NAME,
+        format!("{not} of {} are not: {}", not + captured, some(why)),
+        "the agent tries again every second; mend the reason",
+    )
 }
 
 fn reached(live: &[&Heard]) -> Found {
@@ -238,7 +284,11 @@ fn reached(live: &[&Heard]) -> Found {
     });
     let not: Vec<String> = not.collect();
     if !not.is_empty() {
-        return Found::fail(NAME, some(not), "a firewall, security group or host policy stops TCP to the tunnel's port between nodes");
+        return Found::fail(
+            NAME,
+            some(not),
+            "a firewall, security group or host policy stops TCP to the tunnel's port between nodes",
+        );
     }
     let looked: usize = live
         .iter()
@@ -256,16 +306,30 @@ fn policies(live: &[&Heard], facts: &Facts) -> Found {
     let Ok(policies) = &facts.policies else { return Found::fail(NAME, "cannot be read", "see definitions") };
     if !policies.faults.is_empty() {
         let words = policies.faults.iter().map(|(object, why)| format!("{object}: {why}"));
-        return Found::fail(NAME, some(words), "correct the object; until then what it said before holds, or its workloads are closed");
+        return Found::fail(
+            NAME,
+            some(words),
+            "correct the object; until then what it said before holds, or its workloads are closed",
+        );
     }
     let other = |agent: &&&Heard| agent.report.policies.as_deref() != Some(&policies.digest);
     let behind: Vec<String> = live
         .iter()
         .filter(other)
-        .map(|agent| format!("{}: {}", agent.node, agent.report.policy_fault.as_deref().unwrap_or("has not applied the newest yet")))
+        .map(|agent| {
+            format!(
+                "{}: {}",
+                agent.node,
+                agent.report.policy_fault.as_deref().unwrap_or("has not applied the newest yet")
+            )
+        })
         .collect();
     if !behind.is_empty() {
-        return Found::warn(NAME, some(behind), "check again in some seconds, then look at these agents' logs");
+        return Found::warn(
+            NAME,
+            some(behind),
+            "check again in some seconds, then look at these agents' logs",
+        );
     }
     Found::ok(NAME, format!("{}, all parsed and applied by all agents", policies.count))
 }
@@ -367,14 +431,18 @@ mod tests {
             ),
             (with(|it| it.policies = Some("e".into())), "policies", Warn, "n2: has not applied"),
             (
-                Facts { policies: Ok(Policies { faults: vec![("o".into(), "w".into())], ..Policies::default() }), ..facts() },
+                Facts {
+                    policies: Ok(Policies { faults: vec![("o".into(), "w".into())], ..Policies::default() }),
+                    ..facts()
+                },
                 "policies",
                 Fail,
                 "o: w",
             ),
         ] {
             let all = all(&facts);
-            let found = all.iter().find(|found| found.name == name).unwrap_or_else(|| panic!("{name}: {all:?}"));
+            let found =
+                all.iter().find(|found| found.name == name).unwrap_or_else(|| panic!("{name}: {all:?}"));
             assert_eq!(found.outcome, outcome, "{found:?}");
             assert!(found.detail.contains(words), "{words}: {found:?}");
             assert!(!found.remedy.is_empty(), "{found:?}");

@@ -179,7 +179,8 @@ impl Cluster {
     pub fn directory(&mut self) -> Directory {
         let namespaces = std::mem::take(&mut self.changed_namespaces);
         if !namespaces.is_empty() {
-            let concerned = self.pods.rows.iter().filter(|(_, row)| namespaces.contains(&*row.workload.namespace));
+            let concerned =
+                self.pods.rows.iter().filter(|(_, row)| namespaces.contains(&*row.workload.namespace));
             let concerned: Vec<Name> = concerned.map(|(name, _)| Arc::clone(name)).collect();
             for name in concerned {
                 let Some(row) = self.pods.rows.get(&name) else { continue };

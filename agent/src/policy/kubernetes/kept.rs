@@ -151,7 +151,8 @@ fn settle_one<D: PartialEq + Clone>(
         Err(why) => {
             // Another object of the name is no earlier state of this one.
             let last = before.filter(|row| row.uid == read.uid);
-            let instead = if last.is_some() { "what it said before stays" } else { "its workloads are closed" };
+            let instead =
+                if last.is_some() { "what it said before stays" } else { "its workloads are closed" };
             tracing::error!(object = format!("{} {name}", kind.plural), why, "cannot be used; {instead}");
             (last.map_or(read.closed, |row| row.document.clone()), Some(why))
         }
@@ -190,7 +191,8 @@ pub fn read_access(
     let outcome = from(&spec).and_then(|spec| {
         let policy = policy(metadata.clone(), spec);
         policy.check()?;
-        Rules::compile(std::slice::from_ref(&policy), domain).map_err(|(_, e)| ("spec".into(), e.to_string()))?;
+        Rules::compile(std::slice::from_ref(&policy), domain)
+            .map_err(|(_, e)| ("spec".into(), e.to_string()))?;
         Ok(policy)
     });
     (outcome, policy(metadata, closed))
@@ -224,8 +226,7 @@ mod tests {
     use super::*;
 
     fn object(name: &str, uid: &str, generation: i64, spec: Value) -> Event<Policy> {
-        let metadata =
-            json!({"name": name, "namespace": "shop", "uid": uid, "generation": generation, "resourceVersion": "1"});
+        let metadata = json!({"name": name, "namespace": "shop", "uid": uid, "generation": generation, "resourceVersion": "1"});
         Event::Apply(serde_json::from_value(json!({"metadata": metadata, "spec": spec})).unwrap())
     }
 
@@ -293,7 +294,9 @@ mod tests {
         let spec = json!({"selector": {"all": true}, "mode": "strict"});
         let told = |events: Vec<Event<Policy>>| {
             let mut kept = kept();
-            events.into_iter().for_each(|event| drop(kept.mesh(event)));
+            for event in events {
+                kept.mesh(event);
+            }
             kept.digest()
         };
         let one = || object("a", "1", 1, spec.clone());
