@@ -316,7 +316,7 @@ fn tell_the_cluster(connection: policy::kubernetes::Connection, config: &AgentCo
     let (known, told) = (Arc::clone(&state.directory), Arc::clone(state));
     let nodes = move || known.load().node_count();
     let report = move || told.report(&reach);
-    tokio::spawn(lease::keep(connection, node, Arc::clone(&state.policies), nodes, report));
+    tokio::spawn(lease::keep(connection, node, nodes, report));
 }
 
 /// Enrols on a thread of its own, as that enters other namespaces; gives the data path back at the end.

@@ -44,7 +44,8 @@ impl Reach {
                 };
                 (node.name.clone(), fault)
             });
-            let found = join_all(looks).await;
+            let mut found = join_all(looks).await;
+            found.sort();
             *self.0.lock().unwrap_or_else(PoisonError::into_inner) = found;
             sleep(EVERY.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
         }

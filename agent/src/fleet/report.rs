@@ -47,6 +47,25 @@ pub struct Report {
     pub not_reached: Vec<(String, String)>,
 }
 
+impl Report {
+    /// Whether another report says the same of what somebody waits for, or has to mend. Counts may differ.
+    pub fn matches(&self, other: &Self) -> bool {
+        let gist = |it: &Self| {
+            (
+                it.missing.is_empty(),
+                it.not_enrolled == 0,
+                it.svid_failures.is_empty(),
+                it.looked_for.is_empty(),
+            )
+        };
+        self.policies == other.policies
+            && self.policy_fault.is_some() == other.policy_fault.is_some()
+            && self.directory_fault.is_some() == other.directory_fault.is_some()
+            && self.not_reached == other.not_reached
+            && gist(self) == gist(other)
+    }
+}
+
 /// An agent, as its Lease has it.
 #[derive(Clone, Debug)]
 pub struct Heard {
