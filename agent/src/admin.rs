@@ -3,6 +3,7 @@
 //! `/metrics`, `/healthz` and `/readyz` are on a TCP address and tell no secrets; the rest is on a
 //! Unix socket that only root can open. Only GET, and nothing here changes anything.
 
+mod report;
 mod state;
 
 use std::convert::Infallible;

@@ -30,7 +30,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Page};
 use crate::ca::store::Store;
+use crate::config::PolicyConfig;
 use crate::directory::source;
+use crate::fleet;
+use crate::policy::{self, Policies};
 pub use config::AuthorityConfig;
 use counters::Counters;
 use keeper::{Keeper, Own};
@@ -45,6 +48,16 @@ generated! {
     proto: "hauberk.authority.v1"
 }
 
+/// What keeps the statuses of the cluster's policies, if they are a cluster's.
+async fn keep_statuses(config: &AuthorityConfig, policies: &Policies) -> Result<source::Following> {
+    let (Some(PolicyConfig::Kubernetes(cluster)), Some(standing)) = (&config.policy, policies.standing())
+    else {
+        return Ok(Box::pin(std::future::pending()));
+    };
+    let connection = policy::kubernetes::Connection::new(cluster).await?;
+    Ok(Box::pin(fleet::status::keep(connection, config.trust_domain.clone(), Arc::clone(standing))))
+}
+
 /// Runs the authority until `stop` is cancelled.
 ///
 /// # Errors
@@ -54,8 +67,11 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     let _lock = store.lock()?;
     let now = SystemTime::now();
     let state = state::open(&store, &config, now)?;
+    let (policies, following_policies) =
+        policy::source::open(config.policy.as_ref(), &config.trust_domain).await?;
     let (directory, following_directory) =
-        source::open(&config.directory, &config.trust_domain, None).await?;
+        source::open(&config.directory, &config.trust_domain, None, policies.mesh()).await?;
+    let statuses = keep_statuses(&config, &policies).await?;
     let counters = Arc::new(Counters::new()?);
     let revoked = Arc::new(store.revocations()?);
     let bundle = watch::Sender::new(Arc::new(state.bundle()?.with_revocations(revoked)));
@@ -71,6 +87,7 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         ledger: Arc::clone(&ledger),
         counters: Arc::clone(&counters),
         directory: Arc::clone(&directory),
+        policies,
         bundle: bundle.subscribe(),
     });
     // They end with this, however this ends.
@@ -87,6 +104,8 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         counters: Arc::clone(&counters),
     };
     tasks.spawn(following_directory);
+    tasks.spawn(following_policies);
+    tasks.spawn(statuses);
     tasks.spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
     tasks.spawn(keeper.run());
     let service = Service {

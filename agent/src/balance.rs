@@ -201,6 +201,8 @@ mod tests {
             addresses: vec![format!("10.1.0.{}", index + 1).parse().unwrap()],
             mode: Mode::Strict,
             netns: None,
+            exclusions: Arc::default(),
+            svid_lifetime: None,
         };
         let workloads: Vec<_> = endpoints.iter().enumerate().map(|e| Arc::new(workload(e))).collect();
         let endpoint = |workload: &Arc<Workload>| Endpoint {

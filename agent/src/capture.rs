@@ -6,6 +6,7 @@
 
 mod diag;
 mod events;
+mod exclusions;
 mod gate;
 mod kubelet;
 mod listener;

@@ -1,8 +1,10 @@
-//! `hauberk check`: can this machine, and this configuration, run an agent?
+//! `hauberk check`: can this machine, and this configuration, run an agent? And `cluster`: does the mesh of a
+//! whole cluster stand?
 //!
 //! Kernel features are tried, not guessed from version numbers: distributions carry features back
 //! and leave others out.
 
+pub mod cluster;
 mod kernel;
 mod machine;
 

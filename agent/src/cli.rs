@@ -9,6 +9,8 @@ mod policy;
 mod revocation;
 mod rotation;
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -66,7 +68,7 @@ enum Output {
 
 /// Runs what the command line asks for. `give_back` is the allocator's way to give free memory back.
 pub fn run(give_back: fn()) -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(as_plugin(std::env::args_os().collect()));
     let started = log::start(cli.log_format, cli.log.as_deref());
     let outcome = started.and_then(|()| {
         match cli.command {
@@ -88,6 +90,21 @@ pub fn run(give_back: fn()) -> ExitCode {
         eprintln!("hauberk: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// kubectl runs `kubectl hauberk ...` as `kubectl-hauberk ...`, which is a link to this program. There `check`
+/// is about the cluster.
+fn as_plugin(mut args: Vec<OsString>) -> Vec<OsString> {
+    let is_plugin =
+        args.first().and_then(|path| Path::new(path).file_name()) == Some("kubectl-hauberk".as_ref());
+    let is_about_here = args.iter().any(|arg| arg == "--config" || arg == "--cluster");
+    if is_plugin
+        && !is_about_here
+        && let Some(at) = args.iter().position(|arg| arg == "check")
+    {
+        args.insert(at + 1, "--cluster".into());
+    }
+    args
 }
 
 /// Aligns rows under their heads.
@@ -121,6 +138,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn as_a_plugin_check_is_about_the_cluster() {
+        let args = |words: &str| as_plugin(words.split(' ').map(Into::into).collect());
+        let words = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(
+            args("/bin/kubectl-hauberk check -o json"),
+            words("/bin/kubectl-hauberk check --cluster -o json")
+        );
+        assert_eq!(args("kubectl-hauberk check --config x"), words("kubectl-hauberk check --config x"));
+        assert_eq!(args("/bin/hauberk check"), words("/bin/hauberk check"));
     }
 
     #[test]

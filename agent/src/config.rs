@@ -5,8 +5,10 @@
 pub mod issuer;
 pub mod watch;
 
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -91,20 +93,23 @@ pub fn read_text(path: &Path) -> Result<String, ConfigError> {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AgentConfig {
-    /// This node's name, as the directory writes it.
+    /// This node's name, as the directory writes it. The environment's `HAUBERK_NODE` comes before it: one file
+    /// serves a whole DaemonSet.
+    #[serde(default)]
     pub node: String,
     /// The trust domain every local identity is in.
     pub trust_domain: TrustDomain,
     /// Where workloads are known from.
     #[serde(with = "serde_yaml::with::singleton_map")]
     pub directory: DirectoryConfig,
-    /// Where access policies are read from. Without it there are none: every identity of the trust
+    /// Where access and mesh policies are read from. Without it there are none: every identity of the trust
     /// domain may reach every workload.
+    #[serde(default, deserialize_with = "one")]
     pub policy: Option<PolicyConfig>,
     /// Where SVIDs come from: short for `issuer.authority`.
     authority: Option<AuthorityClientConfig>,
     /// Where SVIDs come from.
-    #[serde(default, deserialize_with = "issuer::one")]
+    #[serde(default, deserialize_with = "one")]
     issuer: Option<IssuerConfig>,
     /// How long an outage of the issuer the mesh shall outlive: SVIDs are renewed while at least this much
     /// of their life is left.
@@ -126,7 +131,7 @@ pub struct AgentConfig {
     /// Health probes that may stay plaintext in strict mode.
     #[serde(default)]
     pub probes: ProbesConfig,
-    /// Where /metrics, /healthz and /readyz are served.
+    /// Where /metrics, /healthz and /readyz are served. The environment's `HAUBERK_ADMIN` comes before it.
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
     /// Data-path threads. Default: one per core, at most 8; each has its own listeners and pool;
@@ -180,12 +185,32 @@ pub enum Mode {
     Off,
 }
 
-/// Where access policies are read from.
+/// Where policies are read from: exactly one of these.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct PolicyConfig {
-    /// A YAML file of AccessPolicy documents; reloaded when it changes.
-    pub file: PathBuf,
+#[serde(rename_all = "camelCase")]
+pub enum PolicyConfig {
+    /// A YAML file of AccessPolicy and MeshPolicy documents; reloaded when it changes.
+    File(PathBuf),
+    /// The API server of the cluster.
+    Kubernetes(PolicyKubernetesConfig),
+}
+
+/// Which cluster policies are read from.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PolicyKubernetesConfig {
+    /// How to reach the API server. Default: as a pod does, with its service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The namespace of the mesh's own objects, where each agent says in a Lease what it has applied. Default:
+    /// the pod's own, or `hauberk-system`.
+    pub namespace: Option<String>,
+}
+
+/// Reads `field: {KIND: {...}}`.
+pub(crate) fn one<'de, D: serde::Deserializer<'de>, T: DeserializeOwned>(
+    d: D,
+) -> Result<Option<T>, D::Error> {
+    serde_yaml::with::singleton_map::deserialize(d).map(Some)
 }
 
 /// What other CAs than the authority have revoked.
@@ -359,6 +384,12 @@ impl AgentConfig {
     /// One line that names file, field and remedy.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let mut config: Self = read_yaml(path)?;
+        if let Some(node) = from_environment("HAUBERK_NODE")? {
+            config.node = node;
+        }
+        if let Some(admin) = from_environment("HAUBERK_ADMIN")? {
+            config.admin = admin;
+        }
         config
             .settle_issuer()
             .and_then(|()| config.validate())
@@ -390,7 +421,7 @@ impl AgentConfig {
     fn validate(&self) -> Result<(), (&'static str, &'static str)> {
         let ports = &self.capture.ports;
         if self.node.is_empty() || self.node.contains('/') {
-            return Err(("node", "must be the node's name, without '/'"));
+            return Err(("node", "must be the node's name, without '/'; or set HAUBERK_NODE"));
         }
         if ports.is_empty() || ports.len() > ebpf::MAX_LISTENER_PORTS {
             return Err(("capture.ports", "give one to four ports"));
@@ -409,6 +440,17 @@ impl AgentConfig {
         }
         Ok(())
     }
+}
+
+/// What the environment says instead of a file, if it says anything.
+fn from_environment<T: FromStr<Err: Display>>(name: &str) -> Result<Option<T>, ConfigError> {
+    let Ok(text) = std::env::var(name) else { return Ok(None) };
+    let invalid = |error: T::Err| ConfigError::Invalid {
+        path: "the environment".into(),
+        field: name.into(),
+        message: format!("{text:?}: {error}"),
+    };
+    text.parse().map(Some).map_err(invalid)
 }
 
 fn default_runtime_dir() -> PathBuf {

@@ -20,9 +20,11 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use crate::config::Mode;
 use crate::identity::SpiffeId;
+use crate::mesh_policy::Exclusions;
 pub use live::Live;
 pub use service::{Endpoint, Endpoints, Service, Target};
 pub use standing::Standing;
@@ -45,6 +47,10 @@ pub struct Workload {
     pub mode: Mode,
     /// Its network namespace; needed only on its own node.
     pub netns: Option<NetnsAt>,
+    /// What of its connections is left alone.
+    pub exclusions: Arc<Exclusions>,
+    /// How long its SVIDs are valid, at most, if a policy says so.
+    pub svid_lifetime: Option<Duration>,
 }
 
 /// Where a workload's network namespace is found on its node.
@@ -228,6 +234,11 @@ impl Directory {
     /// Whether an identity runs on a node.
     pub fn places(&self, id: &SpiffeId, node: &str) -> bool {
         self.enrolled_on(node).any(|workload| workload.id == *id)
+    }
+
+    /// How long SVIDs of an identity are valid on a node, at most, if a policy says so.
+    pub fn svid_lifetime(&self, id: &SpiffeId, node: &str) -> Option<Duration> {
+        self.enrolled_on(node).filter(|workload| workload.id == *id).filter_map(|it| it.svid_lifetime).min()
     }
 
     /// Whether traffic to an address is captured: a workload's in the mesh, or a service's with at least

@@ -298,10 +298,11 @@ impl Enroller {
     fn ensure(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), Not> {
         let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload, cgroups) };
         let workload = with_addresses(workload, &now.workload.addresses);
-        if now.workload.mode != workload.mode {
+        if now.workload.mode != workload.mode || now.workload.exclusions != workload.exclusions {
             self.capture.enrol(&workload, &now.netns).map_err(unable)?;
             now.pod.set_mode(workload.mode);
-            tracing::info!(workload = name, mode = ?workload.mode, "mode changed");
+            let exclusions = workload.exclusions.words();
+            tracing::info!(workload = name, mode = ?workload.mode, ?exclusions, "mode or exclusions changed");
         }
         now.workload = workload;
         now.fault.clone().map_or(Ok(()), |fault| Err(Not::Able(fault)))

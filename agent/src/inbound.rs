@@ -78,7 +78,15 @@ async fn handshake(
     address: SocketAddr,
 ) -> Option<(TlsStream, Proof)> {
     let began = Instant::now();
-    let outcome = timeout(shard.tunnel.handshake_timeout, prove(shard, front, tcp)).await;
+    let shaking = async {
+        // Another agent looks whether this one is here (see `fleet::reach`).
+        let said_nothing = tcp.peek(&mut [0]).await.is_ok_and(|read| read == 0);
+        if said_nothing { None } else { Some(prove(shard, front, tcp).await) }
+    };
+    let outcome = match timeout(shard.tunnel.handshake_timeout, shaking).await {
+        Ok(outcome) => Ok(outcome?),
+        Err(late) => Err(late),
+    };
     let (reason, detail) = match outcome {
         Ok(Ok((stream, proof, resumed))) => {
             shard.observe.handshake(Role::Server, began.elapsed(), resumed);

@@ -4,7 +4,7 @@
 //!
 //! - [`capture`] takes a connection over, inside the pod's [`netns`];
 //! - [`directory`] says who must be at its destination, [`balance`] which endpoint of a service it is;
-//! - [`policy`] says who may reach whom;
+//! - [`policy`] says who may reach whom, [`mesh_policy`] how workloads take part in the mesh;
 //! - [`outbound`] is the sending agent's whole way: resolve, then a stream from the [`pool`];
 //! - [`pool`] holds connections by (source identity, destination identity, address);
 //! - [`proof`] proves many workloads on one connection between two nodes;
@@ -17,8 +17,8 @@
 //! - [`handover`] leaves it to a successor, by [`passing`] open sockets on.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], [`crls`], and [`trust`], which
-//! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`capacity`],
-//! [`cli`]. [`run`] alone knows all of them.
+//! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`fleet`],
+//! [`capacity`], [`cli`]. [`run`] alone knows all of them.
 
 // The exceptions are at the kernel boundary, and each says why.
 #![deny(unsafe_code)]
@@ -42,7 +42,9 @@ macro_rules! generated {
     };
 }
 
+pub mod cidr;
 pub mod config;
+pub mod document;
 pub mod verdict;
 
 pub mod authority;
@@ -62,6 +64,7 @@ pub mod handover;
 pub mod hbone;
 pub mod inbound;
 pub mod local;
+pub mod mesh_policy;
 pub mod netns;
 pub mod outbound;
 pub mod passing;
@@ -78,5 +81,6 @@ pub mod admin;
 pub mod capacity;
 pub mod check;
 pub mod cli;
+pub mod fleet;
 pub mod run;
 pub mod telemetry;

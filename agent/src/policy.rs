@@ -6,9 +6,10 @@
 //! connection, never on names or addresses that a peer claims; deliberately absent are patterns,
 //! requests' contents, and anything that would have to be waited for.
 
-pub mod cidr;
 pub mod document;
+pub mod kubernetes;
 pub mod rule;
+pub mod source;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -20,9 +21,10 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::watch;
 
 use crate::config::{self, ConfigError, Fault};
-use crate::directory::Workload;
+use crate::directory::{Standing, Workload};
 use crate::identity::{SpiffeId, TrustDomain};
-use document::AccessPolicy;
+use crate::mesh_policy::MeshPolicies;
+use document::{AccessPolicy, Documents};
 use rule::{Decision, Rules};
 
 /// Who wants to reach whom.
@@ -102,13 +104,40 @@ pub struct Policies {
     changed: watch::Sender<()>,
     /// Why the newest state of the source is not in use.
     fault: ArcSwapOption<String>,
+    /// How workloads take part in the mesh: the same source's, for the directory to ask.
+    mesh: Arc<MeshPolicies>,
+    /// Whether the source has been read in whole. Until then nobody may be let in.
+    read: watch::Sender<bool>,
+    /// Names what is in use, where the source has versions of it.
+    digest: ArcSwapOption<String>,
+    /// How the source fares, where it can be away.
+    standing: Option<Arc<Standing>>,
 }
 
 impl Policies {
     /// Without any policy: every identity of the trust domain may reach every workload.
     pub fn none(domain: TrustDomain) -> Arc<Self> {
-        let (now, fault) = (ArcSwap::from_pointee(Loaded::default()), ArcSwapOption::empty());
-        Arc::new(Self { domain, now, changed: watch::Sender::new(()), fault })
+        let policies = Self::new(domain, MeshPolicies::none(), None);
+        policies.read.send_replace(true);
+        Arc::new(policies)
+    }
+
+    fn new(domain: TrustDomain, mesh: Arc<MeshPolicies>, standing: Option<Arc<Standing>>) -> Self {
+        Self {
+            domain,
+            now: ArcSwap::from_pointee(Loaded::default()),
+            changed: watch::Sender::new(()),
+            fault: ArcSwapOption::empty(),
+            mesh,
+            read: watch::Sender::new(false),
+            digest: ArcSwapOption::empty(),
+            standing,
+        }
+    }
+
+    /// None that are known of yet, from a source that can be away.
+    pub(crate) fn unread(domain: TrustDomain, standing: Standing) -> Arc<Self> {
+        Arc::new(Self::new(domain, MeshPolicies::unread(), Some(Arc::new(standing))))
     }
 
     /// Reads a file's policies.
@@ -116,20 +145,20 @@ impl Policies {
     /// # Errors
     /// When they cannot be used; one line that names file and field.
     pub fn load(path: &Path, domain: TrustDomain) -> Result<Arc<Self>, ConfigError> {
-        let policies = Self::none(domain);
+        let policies = Self::new(domain, MeshPolicies::unread(), None);
         let documents = document::load(path)?;
-        policies.replace(documents).map_err(|fault| ConfigError::invalid(path, fault))?;
-        Ok(policies)
+        policies.take(documents).map_err(|fault| ConfigError::invalid(path, fault))?;
+        Ok(Arc::new(policies))
     }
 
     /// Runs for ever: takes the file's policies into use whenever it changes. A bad file changes
     /// nothing, and is said once.
     pub async fn watch(self: Arc<Self>, path: PathBuf) {
         let file = path.clone();
-        let take = move |loaded: Result<Vec<AccessPolicy>, ConfigError>| {
+        let take = move |loaded: Result<Documents, ConfigError>| {
             let replaced = loaded.and_then(|documents| {
-                let count = documents.len();
-                let changed = self.replace(documents).map_err(|fault| ConfigError::invalid(&file, fault))?;
+                let count = documents.count();
+                let changed = self.take(documents).map_err(|fault| ConfigError::invalid(&file, fault))?;
                 Ok((count, changed))
             });
             match replaced {
@@ -149,7 +178,18 @@ impl Policies {
         config::watch::watch(path, document::load, take).await;
     }
 
-    /// Takes policies into use; whether they differ from those before. Open connections are judged
+    /// Takes the source's newest state into use; whether it differs from the one before.
+    ///
+    /// # Errors
+    /// When an access policy cannot be compiled; nothing changes then.
+    pub fn take(&self, documents: Documents) -> Result<bool, Fault> {
+        let access = self.replace(documents.access)?;
+        let mesh = self.mesh.replace(documents.mesh);
+        self.read.send_replace(true);
+        Ok(access || mesh)
+    }
+
+    /// Takes access policies into use; whether they differ from those before. Open connections are judged
     /// again.
     ///
     /// # Errors
@@ -180,9 +220,38 @@ impl Policies {
         self.now.load_full()
     }
 
-    /// Why the newest state of the file is not in use, if it is not.
-    pub fn fault(&self) -> Option<Arc<String>> {
-        self.fault.load_full()
+    /// The mesh policies of the same source.
+    pub fn mesh(&self) -> &Arc<MeshPolicies> {
+        &self.mesh
+    }
+
+    /// Whether the source has been read in whole.
+    pub fn is_read(&self) -> bool {
+        *self.read.borrow()
+    }
+
+    /// Resolves when the source has been read in whole.
+    pub async fn read(&self) {
+        // Cannot fail: the sender is ours.
+        let _ = self.read.subscribe().wait_for(|read| *read).await;
+    }
+
+    /// Names what is in use, where the source has versions of it.
+    pub fn digest(&self) -> Option<Arc<String>> {
+        self.digest.load_full()
+    }
+
+    /// How the source fares, where it can be away.
+    pub fn standing(&self) -> Option<&Arc<Standing>> {
+        self.standing.as_ref()
+    }
+
+    /// Why the newest state of the source, or of a part of it, is not in use, if it is not.
+    pub fn fault(&self) -> Option<String> {
+        let away = self.standing.as_ref().and_then(|standing| standing.faults());
+        let unusable = self.fault.load().as_ref().map(|words| words.as_str().to_owned());
+        let faults: Vec<String> = away.into_iter().chain(unusable).collect();
+        (!faults.is_empty()).then(|| faults.join("; "))
     }
 
     /// Grows with every change of what is enforced.
@@ -322,7 +391,7 @@ mod tests {
     }
 
     fn take(policies: &Policies, texts: &[String]) -> bool {
-        policies.replace(document::parse(&(texts.concat() + "---\n")).unwrap()).unwrap()
+        policies.take(document::parse(&(texts.concat() + "---\n")).unwrap()).unwrap()
     }
 
     fn attempt(peer: &str) -> Attempt {
@@ -334,6 +403,8 @@ mod tests {
             addresses: vec![[10, 0, 0, 1].into()],
             mode: Mode::Strict,
             netns: None,
+            exclusions: Arc::default(),
+            svid_lifetime: None,
         };
         Attempt {
             peer: SpiffeId::workload(&domain(), "shop", peer).unwrap(),

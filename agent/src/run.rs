@@ -21,15 +21,17 @@ use tokio_util::task::TaskTracker;
 use crate::admin::{self, Readiness, State};
 use crate::balance::Balance;
 use crate::capture::{Capture, Pods};
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, PolicyConfig};
 use crate::crls::Keeper;
 use crate::directory::{Live, source};
 use crate::enrol::{Enroller, Standing};
+use crate::fleet::lease;
+use crate::fleet::reach::Reach;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::issue;
 use crate::issue::keep::{self, Keep};
-use crate::policy::Policies;
+use crate::policy::{self, Policies};
 use crate::rotate::{self, Rotator};
 use crate::shard::{Shared, Thread};
 use crate::telemetry::access_log::KernelLog;
@@ -52,7 +54,7 @@ const WORDS: usize = 1024;
 const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What readiness waits for.
-const CONDITIONS: [&str; 4] = ["directory", "node-svid", "pods-enrolled", "workload-svids"];
+const CONDITIONS: [&str; 5] = ["policies", "directory", "node-svid", "pods-enrolled", "workload-svids"];
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). `give_back` lets the allocator give free
 /// memory back.
@@ -79,17 +81,9 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
     let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
+    let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
     let (directory, following_directory) =
-        source::open(&config.directory, domain, Some(&config.node)).await?;
-    let policies = match &config.policy {
-        Some(policy) => {
-            let policies = Policies::load(&policy.file, domain.clone())?;
-            let count = policies.loaded().policies().count();
-            tracing::info!(file = %policy.file.display(), policies = count, "access policies read");
-            policies
-        }
-        None => Policies::none(domain.clone()),
-    };
+        source::open(&config.directory, domain, Some(&config.node), policies.mesh()).await?;
     let tunnel_port = config.tunnel.port;
     let told = Pods::told_by(&config.directory);
     let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt, told)?);
@@ -138,9 +132,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
     tokio::spawn(rotate::keep_bundle(Arc::clone(&trust), rotator.keep()));
-    if let Some(policy) = &config.policy {
-        tokio::spawn(policies.watch(policy.file.clone()));
-    }
+    tokio::spawn(following_policies);
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer));
     tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
@@ -164,12 +156,17 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let news = Arc::new(Notify::new());
     tokio::spawn(hear_of_pods(Arc::clone(&capture), Arc::clone(&news)));
     let (first, enrolled) = oneshot::channel();
-    let told = Told { directory, news, orders: hear_orders, stop: stop_enrolling.clone() };
+    let policies = Arc::clone(&policies);
+    let told = Told { directory, policies, news, orders: hear_orders, stop: stop_enrolling.clone() };
     let enrolling = enrol_for_ever(enroller, told, first)?;
     if let Some(predecessor) = predecessor {
         // Everything is served here by now; who has been asked to stop meanwhile is asked again below.
         enrolled.await.context("the enrolling thread panicked")?;
         tokio::task::spawn_blocking(|| predecessor.serving()).await?.context("cannot take over")?;
+    }
+    if let Some(PolicyConfig::Kubernetes(cluster)) = &config.policy {
+        let connection = policy::kubernetes::Connection::new(cluster).await?;
+        ours.extend(tell_the_cluster(connection, &config, &state));
     }
     let mut handover = wait_for_successor(&config.runtime_dir, estate)?;
 
@@ -349,11 +346,30 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
         let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
         let unread = || state.directory.standing().faults().unwrap_or_else(|| "not read yet".into());
         let directory_missing = (!state.directory.is_read()).then(unread);
-        let missing = [directory_missing, node_missing, pods_missing, svid_missing];
+        let unread = || state.policies.fault().unwrap_or_else(|| "not read yet".into());
+        let policies_missing = (!state.policies.is_read()).then(unread);
+        let missing = [policies_missing, directory_missing, node_missing, pods_missing, svid_missing];
         for (condition, missing) in CONDITIONS.into_iter().zip(missing) {
             state.readiness.set(condition, missing);
         }
     }
+}
+
+/// Says in a Lease how this agent stands, for policies' statuses and `hauberk check --cluster`, until it is aborted.
+fn tell_the_cluster(
+    connection: policy::kubernetes::Connection,
+    config: &AgentConfig,
+    state: &Arc<State>,
+) -> [JoinHandle<()>; 2] {
+    let reach = Arc::new(Reach::default());
+    let (directory, node) = (Arc::clone(&state.directory), config.node.clone());
+    let tunnel = &config.tunnel;
+    let looking =
+        tokio::spawn(Arc::clone(&reach).look(directory, node.clone(), tunnel.port, tunnel.connect_timeout));
+    let (known, told) = (Arc::clone(&state.directory), Arc::clone(state));
+    let nodes = move || known.load().node_count();
+    let report = move || told.report(&reach);
+    [looking, tokio::spawn(lease::keep(connection, node, nodes, report))]
 }
 
 async fn wait_for_stop() -> Result<()> {

@@ -168,7 +168,17 @@ mod tests {
     fn workload(node: &str, mode: Mode) -> Arc<Workload> {
         let id = SpiffeId::workload(&domain(), "shop", "web").unwrap();
         let (name, namespace, node) = (format!("web-{node}"), "shop".into(), node.to_owned());
-        Arc::new(Workload { name, namespace, id, node, addresses: Vec::new(), mode, netns: None })
+        Arc::new(Workload {
+            name,
+            namespace,
+            id,
+            node,
+            addresses: Vec::new(),
+            mode,
+            netns: None,
+            exclusions: Arc::default(),
+            svid_lifetime: None,
+        })
     }
 
     /// Nodes in their zones, each with a workload in the mesh but those in zone "idle" and zone "off".

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hauberk::cidr::Cidr;
 use hauberk::directory::{Mode, Workload};
 use hauberk::identity::{SpiffeId, TrustDomain};
-use hauberk::policy::cidr::Cidr;
 use hauberk::policy::document::{self, AccessPolicy, Action, Metadata, Peer, Selector, Spec};
 use hauberk::policy::rule::{Decision, Outcome, Rules};
 use hauberk::policy::{Attempt, Policies};
@@ -29,6 +29,8 @@ fn workload(namespace: &str, account: &str, name: &str) -> Workload {
         addresses: vec![[10, 0, 0, 1].into()],
         mode: Mode::Strict,
         netns: None,
+        exclusions: Arc::default(),
+        svid_lifetime: None,
     }
 }
 
@@ -184,7 +186,7 @@ proptest! {
     fn every_policy_survives_being_written_and_read(all in policies()) {
         let text = all.iter().map(|p| format!("---\n{}", serde_yaml::to_string(p).unwrap())).collect::<String>();
         let text = if all.is_empty() { "---\n".to_owned() } else { text };
-        prop_assert_eq!(document::parse(&text).unwrap(), all.clone());
+        prop_assert_eq!(document::parse(&text).unwrap().access, all.clone());
         for policy in all {
             let json = serde_json::to_string(&policy).unwrap();
             prop_assert_eq!(serde_json::from_str::<AccessPolicy>(&json).unwrap(), policy);
@@ -194,9 +196,9 @@ proptest! {
     #[test]
     fn no_text_makes_the_parser_panic(
         keys in prop::collection::vec(select(vec![
-            "apiVersion: hauberk.dev/v1alpha1", "kind: AccessPolicy", "metadata:", "  name: a", "  namespace: b",
+            "apiVersion: hauberk.dev/v1alpha1", "kind: AccessPolicy", "kind: MeshPolicy", "kind: 1", "metadata:", "  name: a", "  namespace: b",
             "spec:", "  selector: {all: true}", "  action: deny", "  from:", "  from: []", "  - any: true",
-            "  - cidr: 10.0.0.1/8", "  - spiffeId: x", "  ports: [0]", "  ports: [99999]", "---", "&a", "*a", "\u{0}",
+            "  - cidr: 10.0.0.1/8", "  mode: strict", "  exclude: {inboundPorts: [1]}", "  - spiffeId: x", "  ports: [0]", "  ports: [99999]", "---", "&a", "*a", "\u{0}",
         ]), 0..14),
         tail in "\\PC{0,40}",
     ) {
@@ -209,7 +211,7 @@ fn the_readmes_example_is_a_good_policy() {
     let readme = include_str!("../../README.md");
     let (_, section) = readme.split_once("### Access policies").unwrap();
     let example = section.split("```").nth(1).unwrap().trim_start_matches("yaml");
-    assert_eq!(document::parse(example).unwrap()[0].name(), "shop/db-clients");
+    assert_eq!(document::parse(example).unwrap().access[0].name(), "shop/db-clients");
 }
 
 #[test]
@@ -217,7 +219,7 @@ fn an_empty_list_matches_nothing_and_stays_an_empty_list() {
     let read = |spec: &str| {
         let head =
             "apiVersion: hauberk.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: p, namespace: shop}\n";
-        document::parse(&format!("{head}spec: {spec}")).unwrap()
+        document::parse(&format!("{head}spec: {spec}")).unwrap().access
     };
     let peer = SpiffeId::workload(&domain(), "shop", "web").unwrap();
     let judge = |all: &[AccessPolicy]| {
@@ -237,7 +239,7 @@ fn an_empty_list_matches_nothing_and_stays_an_empty_list() {
     ] {
         let policies = read(spec);
         assert_eq!(judge(&policies), decision, "{spec}");
-        let again = document::parse(&serde_yaml::to_string(&policies[0]).unwrap()).unwrap();
+        let again = document::parse(&serde_yaml::to_string(&policies[0]).unwrap()).unwrap().access;
         assert_eq!(again, policies, "written and read again: {spec}");
         assert_eq!(judge(&again), decision, "after a round trip: {spec}");
     }
@@ -255,7 +257,7 @@ fn a_decision_among_four_thousand_policies_scans_none_of_them() {
         })
         .collect();
     let policies = Policies::none(domain());
-    policies.replace(document::parse(&documents).unwrap()).unwrap();
+    policies.take(document::parse(&documents).unwrap()).unwrap();
     let attempt = Attempt {
         peer: SpiffeId::workload(&domain(), "ns1", "sa1001").unwrap(),
         source: [10, 1, 2, 3].into(),

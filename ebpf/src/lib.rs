@@ -70,6 +70,35 @@ pub const DOWN_OPEN: u16 = 1;
 pub const DOWN_CLOSED: u16 = 2;
 
 row! {
+    /// Key of `EXCLUDED_PORTS`: a pod's connections that are left alone, by port.
+    ExcludedPort, 20, {
+        /// The pod's own address, of the connection's family.
+        pod: Addr,
+        /// The destination's port.
+        port: u16,
+        /// [`INBOUND`] or [`OUTBOUND`].
+        direction: u16,
+    }
+}
+
+/// [`ExcludedPort::direction`]: to the pod.
+pub const INBOUND: u16 = 1;
+/// [`ExcludedPort::direction`]: from the pod.
+pub const OUTBOUND: u16 = 2;
+
+row! {
+    /// Key of `EXCLUDED_RANGES` (longest-prefix match): where a pod's connections are left alone.
+    ExcludedRange, 36, {
+        /// How many bits of what follows count: 128 for the pod, then those of the range.
+        prefix: u32,
+        /// The pod's own address, of the connection's family.
+        pod: Addr,
+        /// The first address of the range.
+        destination: Addr,
+    }
+}
+
+row! {
     /// Key of `ORIGINAL_DST`: a captured connection as the agent's listener sees it.
     Captured, 20, {
         /// The pod's own address: source and destination of the connection alike.
@@ -235,8 +264,10 @@ pub const VERDICT_BYPASSED: u32 = 6;
 pub const VERDICT_CAPTURE_FAILED: u32 = 7;
 /// A connection of or to a pod that the agent has not judged yet was refused.
 pub const VERDICT_HELD: u32 = 8;
+/// A connection was left alone because its pod excludes it; of those from the pod, only those to members.
+pub const VERDICT_EXCLUDED: u32 = 9;
 /// How many verdicts there are.
-pub const VERDICT_COUNT: u32 = 9;
+pub const VERDICT_COUNT: u32 = 10;
 
 /// The agent writes `HEARTBEAT[0]` (nanoseconds, `CLOCK_MONOTONIC`) every second; an older one than
 /// this means that no agent runs.

@@ -1,13 +1,14 @@
 //! Every map. All but `PEER`'s contents are written or read by the agent too; the rows are in `lib`.
 
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE};
-use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use ebpf::{
-    Addr, Captured, Cgroup, Delivery, Event, Gate, OriginalDst, Peer, Place, Pod, Probe, TrueSource,
-    VERDICT_COUNT,
+    Addr, Captured, Cgroup, Delivery, Event, ExcludedPort, Gate, OUTBOUND, OriginalDst, Peer, Place, Pod,
+    Probe, TrueSource, VERDICT_COUNT,
 };
 
 /// Tables that are nearly empty most of the time take memory only for what is in them.
@@ -28,6 +29,12 @@ pub(crate) static EXEMPT: HashMap<Addr, u32, 256, ON_DEMAND> = HashMap::new();
 /// The kubelet's own connections to pods, from before their SYN until they end.
 #[btf_map]
 pub(crate) static PROBES: HashMap<Probe, u32, 65_536, ON_DEMAND> = HashMap::new();
+/// Ports whose connections pods leave alone.
+#[btf_map]
+pub(crate) static EXCLUDED_PORTS: HashMap<ExcludedPort, u32, 65_536, ON_DEMAND> = HashMap::new();
+/// Ranges of destinations whose connections pods leave alone: a pod's address, then the destination's.
+#[btf_map]
+pub(crate) static EXCLUDED_RANGES: LpmTrie<[Addr; 2], u32, 65_536> = LpmTrie::new();
 /// Where captured connections wanted to go, until the agent has accepted them.
 #[btf_map]
 pub(crate) static ORIGINAL_DST: HashMap<Captured, OriginalDst, 262_144, ON_DEMAND> = HashMap::new();
@@ -58,6 +65,19 @@ pub(crate) static CGROUPS: RingBuf<Cgroup, 262_144> = RingBuf::new();
 /// When the agent was last alive.
 #[btf_map]
 pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
+
+/// Whether a pod, by its address, leaves its connections to a destination alone.
+#[inline(always)]
+pub(crate) fn leaves_out(pod: &Addr, destination: &Addr, port: u16) -> bool {
+    excludes(pod, port, OUTBOUND) || EXCLUDED_RANGES.get(&Key::new(256, [*pod, *destination])).is_some()
+}
+
+/// Whether a pod, by its address, leaves connections to a port alone, in one direction.
+#[inline(always)]
+pub(crate) fn excludes(pod: &Addr, port: u16, direction: u16) -> bool {
+    // SAFETY: map values are read, never kept.
+    unsafe { EXCLUDED_PORTS.get(ExcludedPort { pod: *pod, port, direction }) }.is_some()
+}
 
 /// Counts a verdict.
 #[inline(always)]

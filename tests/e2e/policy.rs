@@ -70,9 +70,18 @@ fn reaches(world: &World, from: &str, to: &str) -> bool {
     seen["end"] == "data"
 }
 
+/// When policies are tried.
+#[derive(Clone, Copy, PartialEq)]
+enum When {
+    /// The running agents have read them.
+    Changed,
+    /// Agents have started with them, each in a dead one's place.
+    Restarted,
+}
+
 /// What must hold on every path that a connection may take.
-fn suite(node_scope: bool, mode: Mode) {
-    let world = world("---\n", node_scope, mode);
+fn suite(node_scope: bool, mode: Mode, when: When) {
+    let mut world = world("---\n", node_scope, mode);
     let listen = ["echo", "0.0.0.0:8080", "[::]:8081"];
     let _servers = ["near", "server"].map(|pod| world.get(pod).host.actor_server(&listen).unwrap());
     let address = format!("{}/32", world.get("client").v4);
@@ -138,8 +147,14 @@ fn suite(node_scope: bool, mode: Mode) {
             yes,
         ),
     ] {
-        if what != "without policies" {
-            apply(&world, &policies, "access policies read");
+        match when {
+            When::Changed if what == "without policies" => {}
+            When::Changed => apply(&world, &policies, "access policies read"),
+            When::Restarted => {
+                ["n1", "n2"].into_iter().for_each(|node| world.agent(node).kill9());
+                world.write_policies(&policies).unwrap();
+                ["n1", "n2"].into_iter().for_each(|node| world.agent(node).restart().unwrap());
+            }
         }
         let (server, near) = (world.get("server"), world.get("near"));
         for (from, to, expected) in [
@@ -156,17 +171,27 @@ fn suite(node_scope: bool, mode: Mode) {
 
 #[test]
 fn policies_hold_between_nodes_and_on_one_node() {
-    suite(true, Mode::Strict);
+    suite(true, Mode::Strict, When::Changed);
 }
 
 #[test]
 fn policies_hold_in_workload_scope() {
-    suite(false, Mode::Strict);
+    suite(false, Mode::Strict, When::Changed);
 }
 
 #[test]
 fn policies_hold_between_permissive_members() {
-    suite(true, Mode::Permissive);
+    suite(true, Mode::Permissive, When::Changed);
+}
+
+#[test]
+fn policies_hold_after_a_restart() {
+    suite(true, Mode::Strict, When::Restarted);
+}
+
+#[test]
+fn policies_hold_after_a_restart_in_workload_scope() {
+    suite(false, Mode::Strict, When::Restarted);
 }
 
 /// Takes the policies away from node 1's agent, so that only the receiving one, on node 2, has them.

@@ -52,6 +52,8 @@ pub struct Options {
     pub node_scope: bool,
     /// Access policies that the agents read from [`crate::World::policies_file`]; `None` for no file.
     pub policies: Option<String>,
+    /// Whether agents and authority read policies from the world's API server.
+    pub cluster_policies: bool,
 }
 
 impl Default for Options {
@@ -63,6 +65,7 @@ impl Default for Options {
             log: "info,access=warn".into(),
             node_scope: true,
             policies: None,
+            cluster_policies: false,
         }
     }
 }
@@ -83,16 +86,13 @@ impl Agent {
         host: &Host,
         dir: PathBuf,
         bundle: &Path,
-        directory: &str,
+        sources: &str,
         cgroup: &Path,
         options: &Options,
     ) -> Result<Self> {
         let mut config = String::new();
         writeln!(config, "node: {node}\ntrustDomain: {}", crate::world::TRUST_DOMAIN)?;
-        writeln!(config, "directory: {directory}")?;
-        if options.policies.is_some() {
-            writeln!(config, "policy: {{file: {}}}", bundle.with_file_name("policies.yaml").display())?;
-        }
+        config.push_str(sources);
         match &options.issuer {
             Some(issuer) => {
                 writeln!(config, "issuer: {}", issuer.replace("DIR", &dir.to_string_lossy()))?;

@@ -19,15 +19,22 @@ use crate::process::Process;
 
 /// Where the API server listens, on node 1.
 const SERVER: &str = "192.168.50.1:6443";
-const ADMIN: &str = "admin";
+/// A user that may everything.
+pub const ADMIN: &str = "admin";
 /// A user that may read what the directory needs.
 pub const AGENT: &str = "agent";
 /// A user that may read nothing.
 pub const STRANGER: &str = "stranger";
 
-/// What the directory reads.
-const READ: [(&str, &[&str]); 2] =
-    [("", &["pods", "services", "nodes", "namespaces"]), ("discovery.k8s.io", &["endpointslices"])];
+/// The namespace of the mesh's own objects.
+pub const NAMESPACE: &str = "hauberk-system";
+
+/// What directory and policies are read from.
+const READ: [(&str, &[&str]); 3] = [
+    ("", &["pods", "services", "nodes", "namespaces"]),
+    ("discovery.k8s.io", &["endpointslices"]),
+    ("hauberk.dev", &["accesspolicies", "meshpolicies"]),
+];
 
 /// The API server and its etcd.
 #[derive(Debug)]
@@ -147,6 +154,14 @@ impl Kubernetes {
             .iter()
             .map(|(group, resources)| json!({"apiGroups": [group], "resources": resources, "verbs": ["get", "list", "watch"]}))
             .collect();
+        let write = json!([
+            {"apiGroups": ["hauberk.dev"], "resources": ["accesspolicies/status", "meshpolicies/status"], "verbs": ["patch"]},
+            {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["list", "create", "patch"]},
+        ]);
+        let rules: Vec<Value> =
+            rules.into_iter().chain(write.as_array().cloned().unwrap_or_default()).collect();
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
+        self.apply(host, &format!("/api/v1/namespaces/{NAMESPACE}"), &namespace)?;
         let path = "/apis/rbac.authorization.k8s.io/v1";
         let api = "rbac.authorization.k8s.io/v1";
         let role = json!({"apiVersion": api, "kind": "ClusterRole", "metadata": {"name": "hauberk"}, "rules": rules});
@@ -186,6 +201,36 @@ impl Kubernetes {
         }
     }
 
+    /// Runs kubectl as the administrator; what it printed.
+    ///
+    /// # Errors
+    /// When it is not installed (`cargo xtask setup`), or with what it complained of.
+    pub fn kubectl(&self, host: &Host, args: &[&str]) -> Result<String> {
+        let kubeconfig = self.kubeconfig(ADMIN).display().to_string();
+        let said = host.run(&kubectl()?, &[&["--kubeconfig", &kubeconfig], args].concat())?.ok();
+        said.with_context(|| format!("kubectl {}", args.join(" ")))
+    }
+
+    /// Defines the kinds of `manifests/crds`, and waits until they are served.
+    ///
+    /// # Errors
+    /// When the API server refuses them.
+    pub fn define_policies(&self, host: &Host) -> Result<()> {
+        let crds = repository().join("manifests/crds").display().to_string();
+        self.kubectl(host, &["apply", "--server-side", "--validate=false", "-k", &crds])?;
+        let definitions = ["crd/accesspolicies.hauberk.dev", "crd/meshpolicies.hauberk.dev"];
+        let wait = ["wait", "--for=condition=Established", "--timeout=60s"];
+        self.kubectl(host, &[&wait[..], &definitions].concat()).map(drop)
+    }
+
+    /// Reads an object.
+    ///
+    /// # Errors
+    /// With what the API server said.
+    pub fn get(&self, host: &Host, path: &str) -> Result<Value> {
+        self.ask(host, "GET", path, "application/json", "")
+    }
+
     /// Changes fields of an object, or with `/status` after its path of its status.
     ///
     /// # Errors
@@ -202,7 +247,11 @@ impl Kubernetes {
         self.ask(host, "DELETE", &format!("{path}?gracePeriodSeconds=0"), "application/json", "").map(drop)
     }
 
-    fn ask(&self, host: &Host, method: &str, path: &str, kind: &str, body: &str) -> Result<Value> {
+    /// Asks the API server as the administrator.
+    ///
+    /// # Errors
+    /// With what it said.
+    pub fn ask(&self, host: &Host, method: &str, path: &str, kind: &str, body: &str) -> Result<Value> {
         let text = self.curl(host, method, path, kind, body)?;
         let answer: Value =
             serde_json::from_str(&text).with_context(|| format!("{method} {path}: {text}"))?;
@@ -247,11 +296,29 @@ contexts: [{{name: test, context: {{cluster: test, user: {user}}}}}]
     )
 }
 
-/// Where `cargo xtask setup` puts it.
+/// The repository's top.
+pub fn repository() -> PathBuf {
+    // tests/ lies right below it.
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+}
+
+/// kubectl, where `cargo xtask setup` puts it.
+///
+/// # Errors
+/// When it is not there.
+pub fn kubectl() -> Result<String> {
+    tool("kubectl")
+}
+
 fn installed() -> Result<String> {
+    tool("kube-apiserver")
+}
+
+/// Where `cargo xtask setup` puts a program.
+fn tool(name: &str) -> Result<String> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    let path = cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("hauberk/bin/kube-apiserver");
+    let path = cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("hauberk/bin").join(name);
     anyhow::ensure!(path.is_file(), "{} is not there; run `cargo xtask setup`", path.display());
     Ok(path.to_string_lossy().into_owned())
 }

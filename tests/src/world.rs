@@ -352,14 +352,20 @@ impl World {
         self.pods.get_mut(name).unwrap_or_else(|| panic!("no pod {name}"))
     }
 
-    /// What agents and authority are told of the directory.
-    fn directory(&self) -> String {
-        match &self.cluster {
-            Some(cluster) => {
-                format!("{{kubernetes: {{kubeconfig: {}}}}}", cluster.kubeconfig(kubernetes::AGENT).display())
-            }
-            None => format!("{{file: {}}}", self.directory_file().display()),
+    /// Where agents and authority are told to read the directory from, and policies.
+    fn sources(&self) -> String {
+        let kubeconfig = self.cluster.as_ref().map(|cluster| cluster.kubeconfig(kubernetes::AGENT));
+        let mut lines = match &kubeconfig {
+            Some(file) => format!("directory: {{kubernetes: {{kubeconfig: {}}}}}\n", file.display()),
+            None => format!("directory: {{file: {}}}\n", self.directory_file().display()),
+        };
+        if let Some(file) = kubeconfig.filter(|_| self.options.cluster_policies) {
+            lines += &format!("policy: {{kubernetes: {{kubeconfig: {}}}}}\n", file.display());
         }
+        if self.options.policies.is_some() {
+            lines += &format!("policy: {{file: {}}}\n", self.policies_file().display());
+        }
+        lines
     }
 
     /// Adds a service with a virtual address in front of pods.
@@ -512,10 +518,10 @@ impl World {
     pub fn start_authority(&mut self) -> Result<()> {
         let dir = self.dir();
         let config = format!(
-            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\ndirectory: {}\n",
+            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\n{}",
             dir.join("authority").display(),
             self.options.svid_seconds,
-            self.directory(),
+            self.sources(),
         );
         std::fs::write(dir.join("authority.yaml"), config)?;
         std::fs::write(dir.join("bundle.pem"), self.authority_command(&["bundle"])?)?;
@@ -581,7 +587,7 @@ impl World {
             self.host(node),
             dir,
             &self.dir().join("bundle.pem"),
-            &self.directory(),
+            &self.sources(),
             &self.pods_cgroup(node)?,
             &self.options,
         )?;

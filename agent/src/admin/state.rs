@@ -108,16 +108,20 @@ impl State {
         let trust = self.trust.snapshot();
         let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
         let page = self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled);
-        page + &self.enrolled.render() + &self.directory.standing().render()
+        let policies = self.policies.standing().map(|standing| standing.render());
+        page + &self.enrolled.render() + &self.directory.standing().render() + &policies.unwrap_or_default()
     }
 
     fn ready(&self) -> Page {
         let missing = self.readiness.missing();
         if missing.is_empty() {
             // The last good state serves on: a reason to look, not to be taken out of service.
-            let stale = self.directory.standing().faults();
-            let stale = stale.map(|faults| format!("directory is stale: {faults}\n")).unwrap_or_default();
-            return Page::text(format!("ready\n{stale}"));
+            let stale = |what: &str, faults: Option<String>| {
+                faults.map(|faults| format!("{what} stale: {faults}\n")).unwrap_or_default()
+            };
+            let directory = stale("directory is", self.directory.standing().faults());
+            let policies = stale("policies are", self.policies.fault());
+            return Page::text(format!("ready\n{directory}{policies}"));
         }
         let body = missing.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>();
         Page { status: StatusCode::SERVICE_UNAVAILABLE, ..Page::text(body) }
@@ -142,7 +146,9 @@ impl State {
             "enrolled": enrolled.values().filter(|standing| **standing == Standing::Enrolled).count(),
             "notEnrolled": enrolled.values().filter_map(Standing::fault).count(),
             "policies": self.policies.loaded().policies().count(),
-            "policyError": self.policies.fault().as_deref(),
+            "meshPolicies": self.policies.mesh().load().count(),
+            "policyDigest": self.policies.digest().as_deref(),
+            "policyError": self.policies.fault(),
             "svids": trust.svids.len(),
             "outageMarginSeconds": margin.left.map(|left| left.as_secs()),
             "availabilityTargetSeconds": margin.target.map(|target| target.as_secs()),
@@ -175,6 +181,7 @@ impl State {
                     "id": workload.id.as_str(),
                     "node": workload.node,
                     "mode": workload.mode,
+                    "exclusions": workload.exclusions.words(),
                     "addresses": workload.addresses,
                     "state": state,
                 })

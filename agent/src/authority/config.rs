@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::config::{ConfigError, DirectoryConfig, read_yaml, seconds};
+use crate::config::{ConfigError, DirectoryConfig, PolicyConfig, one, read_yaml, seconds};
 use crate::identity::TrustDomain;
 use crate::identity::revocation::MAX_SVID_LIFETIME;
 
@@ -24,6 +24,9 @@ pub struct AuthorityConfig {
     /// Which identity runs on which node.
     #[serde(with = "serde_yaml::with::singleton_map")]
     pub directory: DirectoryConfig,
+    /// Where mesh policies are read from: they say who is in the mesh, and how long SVIDs are valid.
+    #[serde(default, deserialize_with = "one")]
+    pub policy: Option<PolicyConfig>,
     /// How long SVIDs are valid. Default one hour: long enough to outlive a short outage of the
     /// authority, short enough that a stolen key is soon worthless. At most 30 days: revocations of what
     /// was issued are kept for that long.

@@ -140,7 +140,9 @@ impl Service {
                 format!("the authority cannot write down what it issues, and so issues nothing: {error}");
             Refusal("store", Status::unavailable(words))
         })?;
-        let (id, lifetime) = (id.clone(), lifetime.min(self.lifetime));
+        // A policy may shorten a life, never prolong it.
+        let most = self.directory.load().svid_lifetime(id, node).unwrap_or(self.lifetime);
+        let (id, lifetime) = (id.clone(), lifetime.min(self.lifetime).min(most));
         let urgent = held_until < seconds(now + lifetime / 4);
         let work = move || {
             // The dear part.

@@ -16,6 +16,7 @@ use crate::ca::state::{Root, TrustState, seconds};
 use crate::directory::Live;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::NodeName;
+use crate::policy::Policies;
 
 /// Most nodes with samples of their own; more are counted only.
 const MAX_NODES: usize = 10_000;
@@ -27,6 +28,7 @@ pub(super) struct Status {
     pub(super) queue: Arc<Queue>,
     pub(super) counters: Arc<Counters>,
     pub(super) directory: Arc<Live>,
+    pub(super) policies: Arc<Policies>,
     pub(super) bundle: watch::Receiver<Arc<TrustBundle>>,
 }
 
@@ -39,7 +41,8 @@ impl Status {
                 self.counters.queue(waiting, of_nodes);
                 let own = self.counters.render()?;
                 let nodes = samples(&self.ledger.state(SystemTime::now()).0);
-                Some(own + &nodes + &self.directory.standing().render())
+                let policies = self.policies.standing().map(|standing| standing.render());
+                Some(own + &nodes + &self.directory.standing().render() + &policies.unwrap_or_default())
             }
             "/healthz" | "/readyz" => Some("ok\n".into()),
             _ => None,

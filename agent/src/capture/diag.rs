@@ -80,8 +80,8 @@ impl Connection {
         (address(self.family, self.id.source), u16::from_be_bytes(self.id.source_port))
     }
 
-    pub(super) fn remote(&self) -> IpAddr {
-        address(self.family, self.id.destination)
+    pub(super) fn remote(&self) -> (IpAddr, u16) {
+        (address(self.family, self.id.destination), u16::from_be_bytes(self.id.destination_port))
     }
 }
 

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use ebpf::{Addr, Pod};
 use nix::net::if_::if_nameindex;
 
+use super::exclusions::Excluded;
 use super::programs::ensure;
 use super::sys::{Hook, Table, Target};
 use super::{Capture, CaptureError, addr, diag, ip};
 use crate::config::{CaptureConfig, Guard, WhenDown};
 use crate::directory::{Mode, Workload};
+use crate::mesh_policy::Exclusions;
 use crate::netns::Netns;
 
 /// The tables of pods.
@@ -22,6 +24,7 @@ pub(super) struct Pods {
     dir: PathBuf,
     pub(super) by_cookie: Table<u64, Pod>,
     pub(super) by_address: Table<Addr, Pod>,
+    excluded: Excluded,
     ports: Vec<u16>,
     tunnel_port: u16,
     when_down: WhenDown,
@@ -34,6 +37,7 @@ impl Pods {
             dir: dir.into(),
             by_cookie: Table::open(&dir.join("PODS"))?,
             by_address: Table::open(&dir.join("POD_ADDRS"))?,
+            excluded: Excluded::open(dir)?,
             ports: config.ports.clone(),
             tunnel_port,
             when_down: config.permissive_when_down,
@@ -114,6 +118,9 @@ impl Capture {
         let cookie = netns.cookie();
         for address in &workload.addresses {
             self.pods.by_address.insert(&addr(*address), &row).map_err(table)?;
+            self.pods.excluded.set(&addr(*address), &workload.exclusions).map_err(|source| {
+                CaptureError::Table { what: "tell the kernel what the pod excludes", source }
+            })?;
         }
         self.pods.by_cookie.insert(&cookie, &row).map_err(table)?;
         ensure(
@@ -187,9 +194,11 @@ impl Capture {
         let tunnel = self.pods.tunnel_port;
         let outcome = diag::destroy(|connection| {
             let (local, port) = connection.local();
-            let remote = connection.remote();
+            let (remote, remote_port) = connection.remote();
+            let excluded =
+                workload.exclusions.leaves_out(remote, remote_port) || workload.exclusions.lets_in(port);
             // To itself: captured already, or delivered. On the tunnel's port: ours.
-            remote != local && port != tunnel && mesh.contains(&remote)
+            remote != local && port != tunnel && mesh.contains(&remote) && !excluded
         });
         match outcome {
             Ok(0) => {}
@@ -212,8 +221,9 @@ impl Capture {
             if let Some(row) = self.pods.by_cookie.take(&cookie)? {
                 for address in [row.v4, row.v6] {
                     // Another pod may have the address by now.
-                    if self.pods.by_address.take(&address)?.is_some_and(|other| other != row) {
-                        self.restore(&address)?;
+                    match self.pods.by_address.take(&address)? {
+                        Some(other) if other != row => self.restore(&address)?,
+                        _ => self.pods.excluded.set(&address, &Exclusions::default())?,
                     }
                 }
             }
@@ -249,6 +259,7 @@ impl Capture {
         for cookie in rows.into_iter().chain(pins).filter(|cookie| !keep.contains(cookie)) {
             self.remove(cookie)?;
         }
-        Ok(())
+        let addresses: HashSet<Addr> = self.pods.by_address.keys().map_err(table)?.into_iter().collect();
+        self.pods.excluded.retain(|address| addresses.contains(address)).map_err(table)
     }
 }

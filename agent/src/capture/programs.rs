@@ -16,7 +16,7 @@ use crate::directory::Mode;
 
 /// The maps that are pinned, so that a restarted agent finds the same contents: all but `CGROUPS`, whose
 /// news are each agent's own.
-const MAPS: [&str; 14] = [
+const MAPS: [&str; 16] = [
     "GATE",
     "JUDGED",
     "REACHABLE",
@@ -25,6 +25,8 @@ const MAPS: [&str; 14] = [
     "PODS",
     "POD_ADDRS",
     "EXEMPT",
+    "EXCLUDED_PORTS",
+    "EXCLUDED_RANGES",
     "ORIGINAL_DST",
     "TRUE_SOURCE",
     "PEER",

@@ -39,22 +39,28 @@ pub(super) fn checks() -> Vec<Found> {
     found
 }
 
-fn release() -> Option<(u32, u32, String)> {
-    let release = uname().ok()?.release().to_string_lossy().into_owned();
+/// What an agent needs.
+pub(super) const LEAST: (u32, u32) = (6, 1);
+/// What the egress guard needs.
+pub(super) const WITH_GUARD: (u32, u32) = (6, 6);
+
+/// The version in a release's name, such as `6.12.1-cloud`.
+pub(super) fn version_of(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(['.', '-']).map(|part| part.parse().ok());
-    Some((parts.next()??, parts.next()??, release.clone()))
+    Some((parts.next()??, parts.next()??))
 }
 
 fn version() -> Found {
     const NAME: &str = "Linux";
-    match release() {
-        Some((major, minor, text)) if (major, minor) >= (6, 6) => Found::ok(NAME, text),
-        Some((major, minor, text)) if (major, minor) >= (6, 1) => Found::warn(
+    let release = uname().map(|it| it.release().to_string_lossy().into_owned()).unwrap_or_default();
+    match version_of(&release) {
+        Some(version) if version >= WITH_GUARD => Found::ok(NAME, release),
+        Some(version) if version >= LEAST => Found::warn(
             NAME,
-            text,
+            release,
             "the egress guard (TCX) needs 6.6; set capture.egressGuard: optional to do without",
         ),
-        Some((_, _, text)) => Found::fail(NAME, text, "needs Linux 6.1, better 6.6 or later"),
+        Some(_) => Found::fail(NAME, release, "needs Linux 6.1, better 6.6 or later"),
         None => Found::warn(NAME, "the version cannot be read", ""),
     }
 }

@@ -1,6 +1,7 @@
 //! What the machine offers besides the kernel's features, and whether a configuration fits it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::libc;
@@ -9,10 +10,11 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::Found;
 use crate::capture::mount;
-use crate::config::{AgentConfig, DirectoryConfig, KubernetesConfig};
+use crate::config::{AgentConfig, DirectoryConfig, KubernetesConfig, PolicyConfig, PolicyKubernetesConfig};
 use crate::directory::{file, kubernetes};
 use crate::identity::bundle::TrustBundle;
-use crate::policy::Policies;
+use crate::mesh_policy::Loaded;
+use crate::policy::{self, Policies};
 use crate::tls::provider;
 
 /// How long `hauberk check` waits for the API server.
@@ -92,7 +94,13 @@ fn directory(config: &AgentConfig) -> Found {
         DirectoryConfig::File(file) => file,
         DirectoryConfig::Kubernetes(cluster) => return api_server(config, cluster),
     };
-    match file::load(file, &config.trust_domain) {
+    // What is wrong with the policies is told beside this.
+    let mesh = match &config.policy {
+        Some(PolicyConfig::File(file)) => Policies::load(file, config.trust_domain.clone()).ok(),
+        _ => None,
+    };
+    let mesh = mesh.map_or_else(|| Arc::new(Loaded::default()), |policies| policies.mesh().load());
+    match file::load(file, &config.trust_domain, &mesh) {
         Ok(directory) => {
             let here = directory.enrolled_on(&config.node).count();
             let all = directory.workloads().count();
@@ -111,29 +119,49 @@ fn directory(config: &AgentConfig) -> Found {
 
 fn api_server(config: &AgentConfig, cluster: &KubernetesConfig) -> Found {
     const NAME: &str = "API server";
-    const MEND: &str = "correct directory.kubernetes, or grant what is missing";
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return Found::fail(NAME, error.to_string(), "free some threads or files"),
-    };
-    let asked = runtime.block_on(async {
+    let asked = ask(async {
         let connection = kubernetes::Connection::new(cluster, &config.trust_domain, Some(&config.node));
-        let connection = connection.await.map_err(|error| error.to_string())?;
-        let asking = tokio::time::timeout(API_SERVER_LIMIT, kubernetes::probe(&connection));
-        asking.await.unwrap_or_else(|_| Err(format!("no answer within {API_SERVER_LIMIT:?}")))
+        kubernetes::probe(&connection.await.map_err(|error| error.to_string())?).await
     });
     match asked {
         Ok(()) => Found::ok(NAME, "answers, and lets this agent read what it needs"),
-        Err(error) => Found::fail(NAME, error, MEND),
+        Err(error) => Found::fail(NAME, error, "correct directory.kubernetes, or grant what is missing"),
     }
 }
 
+fn cluster_policies(config: &PolicyKubernetesConfig) -> Result<String, String> {
+    ask(async {
+        let connection =
+            policy::kubernetes::Connection::new(config).await.map_err(|error| error.to_string())?;
+        policy::kubernetes::probe(&connection).await
+    })
+    .map(|()| "the API server lets this agent read them".into())
+}
+
+/// Asks an API server something, and does not wait for ever.
+fn ask(what: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| error.to_string())?.block_on(async {
+        let asking = tokio::time::timeout(API_SERVER_LIMIT, what);
+        asking.await.unwrap_or_else(|_| Err(format!("no answer within {API_SERVER_LIMIT:?}")))
+    })
+}
+
 fn policies(config: &AgentConfig) -> Option<Found> {
-    const NAME: &str = "access policies";
-    let file = &config.policy.as_ref()?.file;
-    Some(match Policies::load(file, config.trust_domain.clone()) {
-        Ok(policies) => Found::ok(NAME, format!("{} policies", policies.loaded().policies().count())),
-        Err(error) => Found::fail(NAME, error.to_string(), "correct the file"),
+    const NAME: &str = "policies";
+    let (found, mend) = match config.policy.as_ref()? {
+        PolicyConfig::File(file) => {
+            let loaded =
+                policy::document::load(file).map(|documents| format!("{} policies", documents.count()));
+            (loaded.map_err(|error| error.to_string()), "correct the file")
+        }
+        PolicyConfig::Kubernetes(config) => {
+            (cluster_policies(config), "correct policy.kubernetes, or grant what is missing")
+        }
+    };
+    Some(match found {
+        Ok(detail) => Found::ok(NAME, detail),
+        Err(error) => Found::fail(NAME, error, mend),
     })
 }
 

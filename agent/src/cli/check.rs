@@ -12,8 +12,17 @@ use crate::check::{self, Outcome};
 #[derive(Debug, Args)]
 pub(super) struct Check {
     /// Also check this configuration file of an agent, and the files it names.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "cluster")]
     config: Option<PathBuf>,
+    /// Check the mesh of a whole cluster instead, by what its API server and the agents' Leases say.
+    #[arg(long)]
+    cluster: bool,
+    /// How to reach the cluster [default: $KUBECONFIG, ~/.kube/config, or a pod's service account].
+    #[arg(long, value_name = "FILE", requires = "cluster")]
+    kubeconfig: Option<PathBuf>,
+    /// The namespace that the mesh is installed in.
+    #[arg(long, value_name = "NAME", requires = "cluster", default_value = "hauberk-system")]
+    namespace: String,
     /// How to print.
     #[arg(short, long, value_enum, default_value = "table")]
     output: Output,
@@ -21,7 +30,13 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self) -> anyhow::Result<ExitCode> {
-        let found = check::run(self.config.as_deref());
+        let found = match self.cluster {
+            false => check::run(self.config.as_deref()),
+            true => tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?
+                .block_on(check::cluster::run(self.kubeconfig.as_deref(), &self.namespace)),
+        };
         let failed = found.iter().any(|f| f.outcome == Outcome::Fail);
         match self.output {
             Output::Json => {

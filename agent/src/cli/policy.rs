@@ -19,7 +19,7 @@ pub(super) struct Policy {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Check files of access policies, without an agent.
+    /// Check files of AccessPolicy and MeshPolicy documents, without an agent.
     Check {
         /// The files.
         #[arg(required = true, value_name = "FILE")]
@@ -32,7 +32,7 @@ impl Policy {
         let Some(Command::Check { files }) = self.command else { return self.ask.run("/v1/policies") };
         for file in files {
             let policies = document::load(&file)?;
-            println!("{}: {} good", file.display(), policies.len());
+            println!("{}: {} good", file.display(), policies.count());
         }
         Ok(())
     }

@@ -24,11 +24,6 @@ pub enum IssuerConfig {
     Spire(SpireConfig),
 }
 
-/// Reads `issuer: {KIND: {...}}`.
-pub(super) fn one<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<IssuerConfig>, D::Error> {
-    serde_yaml::with::singleton_map::deserialize(d).map(Some)
-}
-
 /// How to reach the authority.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use super::{Directory, Endpoint, Live, Mode, NetnsAt, Node, Service, Target, Workload};
 use crate::config::{self, ConfigError, Fault, read_yaml};
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::mesh_policy::{Labels, Loaded, MeshPolicies};
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -41,8 +42,10 @@ struct WorkloadEntry {
     service_account: String,
     node: String,
     addresses: Vec<IpAddr>,
+    /// Strict unless a mesh policy says otherwise.
+    mode: Option<Mode>,
     #[serde(default)]
-    mode: Mode,
+    labels: Labels,
     netns: Option<PathBuf>,
 }
 
@@ -92,16 +95,16 @@ fn default_namespace() -> String {
     "default".into()
 }
 
-/// Reads the file.
+/// Reads the file; `mesh` has its say about each workload.
 ///
 /// # Errors
 /// One line that names the file, the entry and what is wrong with it.
-pub fn load(path: &Path, domain: &TrustDomain) -> Result<Directory, ConfigError> {
+pub fn load(path: &Path, domain: &TrustDomain, mesh: &Loaded) -> Result<Directory, ConfigError> {
     let document: Document = read_yaml(path)?;
-    build(document, domain).map_err(|fault| ConfigError::invalid(path, fault))
+    build(document, domain, mesh).map_err(|fault| ConfigError::invalid(path, fault))
 }
 
-fn build(document: Document, domain: &TrustDomain) -> Result<Directory, Fault> {
+fn build(document: Document, domain: &TrustDomain, mesh: &Loaded) -> Result<Directory, Fault> {
     let mut taken: HashSet<IpAddr> = HashSet::new();
     let mut workloads: HashMap<String, Arc<Workload>> = HashMap::new();
     let mut ordered = Vec::new();
@@ -123,14 +126,17 @@ fn build(document: Document, domain: &TrustDomain) -> Result<Directory, Fault> {
         }
         let key = format!("{}/{}", entry.namespace, entry.name);
         let duplicate = at("name");
+        let said = mesh.of(&entry.namespace, &entry.labels);
         let workload = Arc::new(Workload {
             name: entry.name,
             namespace: entry.namespace,
             id,
             node: entry.node,
             addresses,
-            mode: entry.mode,
+            mode: entry.mode.or(said.mode).unwrap_or_default(),
             netns: entry.netns.map(NetnsAt::File),
+            exclusions: Arc::new(said.exclusions),
+            svid_lifetime: said.svid_lifetime,
         });
         ordered.push(Arc::clone(&workload));
         if workloads.insert(key, workload).is_some() {
@@ -249,8 +255,22 @@ pub(super) fn take(live: &Live, directory: Directory) {
     live.replace(directory);
 }
 
-/// Runs for ever: reads the file again when it changes. A bad file changes nothing, and is said once.
-pub async fn watch(path: PathBuf, domain: TrustDomain, live: Arc<Live>) {
+/// Runs for ever: reads the file again when it changes, or the mesh policies do. A bad file changes nothing,
+/// and is said once.
+pub async fn watch(path: PathBuf, domain: TrustDomain, mesh: Arc<MeshPolicies>, live: Arc<Live>) {
+    mesh.read().await;
+    let mut changes = mesh.subscribe();
+    loop {
+        tokio::select! {
+            () = follow(path.clone(), domain.clone(), mesh.load(), Arc::clone(&live)) => {}
+            // An error means that the sender is gone, and it is ours.
+            _ = changes.changed() => {}
+        }
+    }
+}
+
+/// Runs for ever: follows the file under one state of the mesh policies.
+async fn follow(path: PathBuf, domain: TrustDomain, mesh: Arc<Loaded>, live: Arc<Live>) {
     let file = path.clone();
     let took = move |loaded: Result<Directory, ConfigError>| match loaded {
         Ok(directory) => {
@@ -264,7 +284,7 @@ pub async fn watch(path: PathBuf, domain: TrustDomain, live: Arc<Live>) {
             tracing::error!(%error, "the directory stays as it was");
         }
     };
-    config::watch::watch(path, move |path| load(path, &domain), took).await;
+    config::watch::watch(path, move |path| load(path, &domain, &mesh), took).await;
 }
 
 #[cfg(test)]
@@ -274,7 +294,8 @@ mod tests {
 
     fn parse(text: &str) -> Result<Directory, String> {
         let document: Document = serde_yaml::from_str(text).map_err(|e| e.to_string())?;
-        build(document, &TrustDomain::parse("td.test").unwrap()).map_err(|(at, what)| format!("{at}: {what}"))
+        build(document, &TrustDomain::parse("td.test").unwrap(), &Loaded::default())
+            .map_err(|(at, what)| format!("{at}: {what}"))
     }
 
     const TWO: &str = "

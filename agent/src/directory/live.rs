@@ -13,13 +13,17 @@ pub struct Live {
     now: ArcSwap<Directory>,
     /// Counts the states; 0 until the source has been read in whole.
     changed: watch::Sender<u64>,
-    standing: Standing,
+    standing: Arc<Standing>,
 }
 
 impl Live {
     /// Knows nobody until the first [`Live::replace`].
     pub fn new(standing: Standing) -> Arc<Self> {
-        Arc::new(Self { now: ArcSwap::default(), changed: watch::Sender::new(0), standing })
+        Arc::new(Self {
+            now: ArcSwap::default(),
+            changed: watch::Sender::new(0),
+            standing: Arc::new(standing),
+        })
     }
 
     /// The state as of now.
@@ -50,7 +54,7 @@ impl Live {
     }
 
     /// How the source stands.
-    pub fn standing(&self) -> &Standing {
+    pub fn standing(&self) -> &Arc<Standing> {
         &self.standing
     }
 }

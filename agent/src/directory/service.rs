@@ -123,6 +123,8 @@ mod tests {
                 addresses: vec![address],
                 mode: Mode::Strict,
                 netns: None,
+                exclusions: Arc::default(),
+                svid_lifetime: None,
             };
             Endpoint {
                 workload: Arc::new(workload),

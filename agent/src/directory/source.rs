@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::{Live, Standing, file, kubernetes};
 use crate::config::{ConfigError, DirectoryConfig};
 use crate::identity::TrustDomain;
+use crate::mesh_policy::MeshPolicies;
 
 /// Why the directory cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +26,8 @@ pub enum OpenError {
 /// What keeps the directory true; runs for ever.
 pub type Following = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Opens the source. A file has been read then; a cluster is read by what has to be run.
+/// Opens the source. A file has been looked at then; a cluster is read by what has to be run. Neither is in
+/// use before the mesh policies have been read.
 ///
 /// # Errors
 /// When it can never work as it is configured.
@@ -33,16 +35,20 @@ pub async fn open(
     config: &DirectoryConfig,
     domain: &TrustDomain,
     node: Option<&str>,
+    mesh: &Arc<MeshPolicies>,
 ) -> Result<(Arc<Live>, Following), OpenError> {
-    let live = Live::new(Standing::new()?);
+    let live = Live::new(Standing::new("directory")?);
     let following: Following = match config {
         DirectoryConfig::File(path) => {
-            file::take(&live, file::load(path, domain)?);
-            Box::pin(file::watch(PathBuf::clone(path), domain.clone(), Arc::clone(&live)))
+            let directory = file::load(path, domain, &mesh.load())?;
+            if mesh.is_read() {
+                file::take(&live, directory);
+            }
+            Box::pin(file::watch(PathBuf::clone(path), domain.clone(), Arc::clone(mesh), Arc::clone(&live)))
         }
         DirectoryConfig::Kubernetes(config) => {
             let connection = kubernetes::Connection::new(config, domain, node).await?;
-            Box::pin(kubernetes::watch(connection, Arc::clone(&live)))
+            Box::pin(kubernetes::watch(connection, Arc::clone(mesh), Arc::clone(&live)))
         }
     };
     Ok((live, following))

@@ -102,6 +102,8 @@ mod tests {
                 addresses: vec![[10, 1, 1, 2].into()],
                 mode: Mode::Strict,
                 netns: None,
+                exclusions: Arc::default(),
+                svid_lifetime: None,
             };
             let trust = Trust::new(ca.bundle().clone());
             Self { trust, ca, workload, proof: Proof::default(), now }

@@ -1,21 +1,24 @@
-//! AccessPolicy documents, as operators write them: what they may hold, and what is wrong with one.
+//! AccessPolicy documents, as operators write them: what they may hold, and what is wrong with one; and files
+//! of these and of MeshPolicy documents.
 //!
 //! Everything is named exactly: there is no pattern, prefix or wildcard in a document, so nothing an
 //! operator writes can mean more than it says. Nothing is left out to mean "everything" where that
 //! would open a door: who is let in and what is protected is written down. An empty list matches
 //! nothing, and is written back as an empty list.
 
+use std::collections::HashSet;
 use std::path::Path;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
-use super::cidr::Cidr;
+use crate::cidr::Cidr;
 use crate::config::{ConfigError, Fault, read_text};
+use crate::document::{self, check_kind, given, limit, name};
+pub use crate::document::{API_VERSION, MAX_NAME_BYTES, Metadata};
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::mesh_policy::document::{self as mesh, MeshPolicy};
 
-/// The only version there is.
-pub const API_VERSION: &str = "hauberk.dev/v1alpha1";
-/// The only kind read here.
+/// The kind's name.
 pub const KIND: &str = "AccessPolicy";
 
 /// Policies in one file.
@@ -26,9 +29,6 @@ pub const MAX_PEERS: usize = 256;
 pub const MAX_PORTS: usize = 128;
 /// Entries of a selector's list.
 pub const MAX_SELECTED: usize = 256;
-/// The longest name, as in Kubernetes (RFC 1123).
-pub const MAX_NAME_BYTES: usize = 253;
-
 /// Who may, or may not, reach which workloads of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -41,16 +41,6 @@ pub struct AccessPolicy {
     pub metadata: Metadata,
     /// What it says.
     pub spec: Spec,
-}
-
-/// A policy's name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Metadata {
-    /// Unique in its namespace.
-    pub name: String,
-    /// The namespace whose workloads it is about; no other's.
-    pub namespace: String,
 }
 
 /// What a policy says.
@@ -123,55 +113,86 @@ pub struct Peer {
     pub cidr: Option<Cidr>,
 }
 
-/// A field that is written must have a value: `from: null` or `from:` is not the same as none.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
-    T::deserialize(deserializer).map(Some)
+/// What a file of policies holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Documents {
+    /// Who may reach whom.
+    pub access: Vec<AccessPolicy>,
+    /// How workloads take part in the mesh.
+    pub mesh: Vec<MeshPolicy>,
+}
+
+impl Documents {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.access.len() + self.mesh.len()
+    }
 }
 
 /// Reads a file of policies.
 ///
 /// # Errors
 /// One line that names the file, the document, the field and what is wrong with it.
-pub fn load(path: &Path) -> Result<Vec<AccessPolicy>, ConfigError> {
+pub fn load(path: &Path) -> Result<Documents, ConfigError> {
     let text = read_text(path)?;
     parse(&text).map_err(|fault| ConfigError::invalid(path, fault))
+}
+
+/// What tells which kind of document it is; the rest is read by that kind's type.
+#[derive(Deserialize)]
+struct Kinded {
+    kind: Option<String>,
 }
 
 /// Parses a text of YAML documents, and checks each.
 ///
 /// # Errors
 /// The document, its name and field, and what is wrong there.
-pub fn parse(text: &str) -> Result<Vec<AccessPolicy>, Fault> {
-    let mut policies: Vec<AccessPolicy> = Vec::new();
-    let mut names = std::collections::HashSet::new();
-    for (index, document) in serde_yaml::Deserializer::from_str(text).enumerate() {
+pub fn parse(text: &str) -> Result<Documents, Fault> {
+    let mut documents = Documents::default();
+    let mut names = HashSet::new();
+    let kinds = serde_yaml::Deserializer::from_str(text);
+    for (index, (kind, document)) in kinds.zip(serde_yaml::Deserializer::from_str(text)).enumerate() {
         let at = format!("document {}", index + 1);
-        let policy =
-            Option::<AccessPolicy>::deserialize(document).map_err(|e| (at.clone(), e.to_string()))?;
-        // Nothing between two separators, as templates leave it.
-        let Some(policy) = policy else { continue };
-        let named = |field: &str| format!("{at} ({}).{field}", policy.name());
-        policy.check().map_err(|(field, message)| (named(field.as_str()), message))?;
-        if !names.insert(policy.name()) {
-            return Err((named("metadata.name"), "another policy has this namespace and name".into()));
-        }
-        if policies.len() == MAX_POLICIES {
+        // What cannot be read even so far is refused by the type, in its words.
+        let kind = Option::<Kinded>::deserialize(kind).ok().flatten().and_then(|it| it.kind);
+        let unread = |error: serde_yaml::Error| (at.clone(), error.to_string());
+        let named = |metadata: &Metadata, field: &str| format!("{at} ({}).{field}", metadata.full_name());
+        let (kind, metadata) = if kind.as_deref() == Some(mesh::KIND) {
+            let policy = MeshPolicy::deserialize(document).map_err(unread)?;
+            policy.check().map_err(|(field, message)| (named(&policy.metadata, &field), message))?;
+            let metadata = policy.metadata.clone();
+            documents.mesh.push(policy);
+            (mesh::KIND, metadata)
+        } else {
+            let policy = Option::<AccessPolicy>::deserialize(document).map_err(unread)?;
+            // Nothing between two separators, as templates leave it.
+            let Some(policy) = policy else { continue };
+            policy.check().map_err(|(field, message)| (named(&policy.metadata, &field), message))?;
+            let metadata = policy.metadata.clone();
+            documents.access.push(policy);
+            (KIND, metadata)
+        };
+        if documents.count() > MAX_POLICIES {
             return Err((at, format!("there may be {MAX_POLICIES} policies in a file")));
         }
-        policies.push(policy);
+        let field = named(&metadata, "metadata.name");
+        if !names.insert((kind, metadata.full_name())) {
+            return Err((field, "another policy has this namespace and name".into()));
+        }
     }
     // Half-written and emptied files look like this, and no policies means that nothing is refused.
-    if policies.is_empty() && !text.lines().any(|line| line.trim_end() == "---") {
+    if documents.count() == 0 && !text.lines().any(|line| line.trim_end() == "---") {
         let message = "there is no policy in it; if that is meant, write a line `---`";
         return Err(("document 1".into(), message.into()));
     }
-    Ok(policies)
+    Ok(documents)
 }
 
 impl AccessPolicy {
     /// `namespace/name`, by which logs and metrics call it.
     pub fn name(&self) -> String {
-        format!("{}/{}", self.metadata.namespace, self.metadata.name)
+        self.metadata.full_name()
     }
 
     /// Who may match; checked documents always say.
@@ -180,16 +201,13 @@ impl AccessPolicy {
     }
 
     /// Checks what types cannot say.
-    fn check(&self) -> Result<(), Fault> {
+    ///
+    /// # Errors
+    /// The field, and what is wrong with it.
+    pub fn check(&self) -> Result<(), Fault> {
         let wrong = |field: &str, message: &str| Err((field.to_owned(), message.to_owned()));
-        if self.api_version != API_VERSION {
-            return Err(("apiVersion".into(), format!("must be {API_VERSION}")));
-        }
-        if self.kind != KIND {
-            return Err(("kind".into(), format!("must be {KIND}")));
-        }
-        name("metadata.name", &self.metadata.name)?;
-        name("metadata.namespace", &self.metadata.namespace)?;
+        check_kind(&self.api_version, &self.kind, KIND)?;
+        self.metadata.check()?;
         match &self.spec.selector {
             Some(selector) => selector.check()?,
             None => {
@@ -207,17 +225,14 @@ impl AccessPolicy {
             peer.check().map_err(|(field, message)| (format!("spec.from[{index}]{field}"), message))?;
         }
         if let Some(ports) = &self.spec.ports {
-            limit("spec.ports", ports.len(), MAX_PORTS)?;
-            if ports.contains(&0) {
-                return wrong("spec.ports", "a port must not be 0");
-            }
+            document::ports("spec.ports", ports, MAX_PORTS)?;
         }
         Ok(())
     }
 }
 
 impl Selector {
-    fn check(&self) -> Result<(), Fault> {
+    pub(crate) fn check(&self) -> Result<(), Fault> {
         let wrong = |message: &str| Err(("spec.selector".to_owned(), message.to_owned()));
         match (&self.all, &self.service_accounts, &self.workloads) {
             (Some(true), None, None) => Ok(()),
@@ -231,7 +246,7 @@ impl Selector {
 }
 
 impl Peer {
-    fn check(&self) -> Result<(), Fault> {
+    pub(crate) fn check(&self) -> Result<(), Fault> {
         let wrong = |field: &str, message: &str| Err((field.to_owned(), message.to_owned()));
         let names_identity =
             self.spiffe_id.is_some() || self.namespace.is_some() || self.trust_domain.is_some();
@@ -261,28 +276,9 @@ impl Peer {
     }
 }
 
-/// The names of workloads, accounts, namespaces and policies: what a SPIFFE ID's segment may hold.
-fn name(field: &str, text: &str) -> Result<(), Fault> {
-    let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
-    if text.is_empty() || text.len() > MAX_NAME_BYTES || !text.bytes().all(good) || matches!(text, "." | "..")
-    {
-        let message =
-            format!("must be 1 to {MAX_NAME_BYTES} letters, digits, '.', '-' and '_'; it is matched exactly");
-        return Err((field.into(), message));
-    }
-    Ok(())
-}
-
 fn names(field: &str, texts: &[String]) -> Result<(), Fault> {
     limit(field, texts.len(), MAX_SELECTED)?;
     texts.iter().enumerate().try_for_each(|(index, text)| name(&format!("{field}[{index}]"), text))
-}
-
-fn limit(field: &str, length: usize, most: usize) -> Result<(), Fault> {
-    if length > most {
-        return Err((field.into(), format!("has {length} entries, and may have {most}")));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -304,16 +300,34 @@ mod tests {
             )
         };
         let text = format!("# why\n---\n{}---\n---\n{}---\n", one("a"), one("b"));
-        let names: Vec<_> = parse(&text).unwrap().iter().map(AccessPolicy::name).collect();
+        let names: Vec<_> = parse(&text).unwrap().access.iter().map(AccessPolicy::name).collect();
         assert_eq!(names, ["shop/a", "shop/b"]);
         let twice = fault(&format!("{}---\n{}", one("a"), one("a")));
         assert!(twice.contains("document 2 (shop/a).metadata.name"), "{twice}");
     }
 
     #[test]
+    fn both_kinds_are_read_from_one_text_and_may_have_one_name() {
+        let mesh =
+            "apiVersion: hauberk.dev/v1alpha1\nkind: MeshPolicy\nmetadata: {name: a, namespace: shop}\n";
+        let access = format!(
+            "{HEAD}metadata: {{name: a, namespace: shop}}\nspec: {{selector: {{all: true}}, action: allow, from: []}}\n"
+        );
+        let text = format!("{mesh}spec: {{selector: {{all: true}}, mode: strict}}\n---\n{access}");
+        let read = parse(&text).unwrap();
+        assert_eq!((read.mesh.len(), read.access.len()), (1, 1));
+        let bad = fault(&format!("{access}---\n{mesh}spec: {{selector: {{all: true}}}}\n"));
+        assert_eq!(
+            bad,
+            "document 2 (shop/a).spec: says nothing; give mode, exclude or certificateLifetimeSeconds"
+        );
+        assert!(fault(&format!("{mesh}spec: 3")).starts_with("document 1: spec"));
+    }
+
+    #[test]
     fn no_policies_must_be_meant() {
-        assert_eq!(parse("---\n").unwrap(), []);
-        assert_eq!(parse("# none\n---\n# yet\n").unwrap(), []);
+        assert_eq!(parse("---\n").unwrap(), Documents::default());
+        assert_eq!(parse("# none\n---\n# yet\n").unwrap(), Documents::default());
         for text in ["", "\n", "# only words\n", "---#\n#"] {
             let _ = parse(text).expect_err(text);
         }

@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::cidr::Cidr;
 use super::document::{AccessPolicy, Action, Peer};
+use crate::cidr::Cidr;
 use crate::directory::Workload;
 use crate::identity::{ParseError, SpiffeId, TrustDomain};
 

@@ -13,6 +13,7 @@ use crate::capture::Capture;
 use crate::directory::Live;
 use crate::enrol::{Enroller, Pace, VERIFY_EVERY};
 use crate::netns::pods;
+use crate::policy::Policies;
 use crate::shard::Thread;
 
 /// Says when something happens in a pod's cgroup.
@@ -29,6 +30,7 @@ pub(super) async fn hear_of_pods(capture: Arc<Capture>, news: Arc<Notify>) {
 /// What the enrolling thread acts on.
 pub(super) struct Told {
     pub(super) directory: Arc<Live>,
+    pub(super) policies: Arc<Policies>,
     pub(super) news: Arc<Notify>,
     pub(super) orders: mpsc::UnboundedReceiver<Order>,
     pub(super) stop: CancellationToken,
@@ -44,10 +46,14 @@ enum Call {
 
 impl Told {
     /// Waits until the directory is read: nobody is known before, which must not be taken for nobody being
-    /// there. What is pinned stays.
+    /// there. What is pinned stays. And without the policies nobody may be let in.
     async fn begin(&mut self) -> Call {
+        let known = async {
+            self.policies.read().await;
+            self.directory.read().await;
+        };
         tokio::select! {
-            () = self.directory.read() => Call::Look,
+            () = known => Call::Look,
             () = self.stop.cancelled() => Call::Stop,
         }
     }

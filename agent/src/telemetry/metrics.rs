@@ -40,6 +40,7 @@ const KERNEL_VERDICTS: [&str; VERDICT_COUNT as usize] = [
     "bypassed",
     "capture_failed",
     "held",
+    "excluded",
 ];
 
 /// One counter for each combination of the closed labels.

@@ -10,12 +10,12 @@ use aya_ebpf::programs::SockAddrContext;
 use core::mem::offset_of;
 use ebpf::{
     Addr, DOWN_OPEN, Gate, HEARTBEAT_STALE_NS, MODE_CLOSED, MODE_PERMISSIVE, Peer, Pod, VERDICT_BYPASSED,
-    VERDICT_CAPTURE_FAILED, VERDICT_CAPTURED, VERDICT_HELD,
+    VERDICT_CAPTURE_FAILED, VERDICT_CAPTURED, VERDICT_EXCLUDED, VERDICT_HELD,
 };
 
 use crate::ctx::{is_zero, join, mapped, read_ptr, read32, same, split, write32};
 use crate::gate;
-use crate::maps::{HEARTBEAT, MESH, PODS, count, peer_of, report};
+use crate::maps::{HEARTBEAT, MESH, PODS, count, leaves_out, peer_of, report};
 
 type Fields = aya_ebpf::bindings::bpf_sock_addr;
 const ALLOW: i32 = 1;
@@ -96,13 +96,17 @@ fn capture(raw: *mut core::ffi::c_void, wanted: &Addr) -> Result<Option<(Addr, u
         unsafe { bpf_set_retval(-ECONNREFUSED) };
         return Err(REFUSE);
     }
+    let port = port(raw);
+    let is_v4 = split(wanted)[0] == 0 && split(wanted)[1] == 0 && split(wanted)[2] == 0xffff_0000;
+    let listener = if is_v4 { pod.v4 } else { pod.v6 };
+    if leaves_out(&listener, wanted, port) {
+        count(VERDICT_EXCLUDED);
+        return Ok(None);
+    }
     if bypassed(pod) {
         count(VERDICT_BYPASSED);
         return Ok(None);
     }
-    let port = port(raw);
-    let is_v4 = split(wanted)[0] == 0 && split(wanted)[1] == 0 && split(wanted)[2] == 0xffff_0000;
-    let listener = if is_v4 { pod.v4 } else { pod.v6 };
     let listener_port = listener_port(pod);
     if is_zero(&listener) || listener_port == 0 || !remember(raw, wanted, port, &listener, listener_port) {
         report(VERDICT_CAPTURE_FAILED, &listener, 0, wanted, port);

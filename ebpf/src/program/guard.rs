@@ -2,7 +2,7 @@
 //!
 //! Attached to the pod's interfaces, this sees every packet, whatever cgroup its socket is in and
 //! whether an agent runs or not. The agent itself never dials from inside a pod, so every SYN to a
-//! mesh member that gets here has gone round the capture.
+//! mesh member that gets here has gone round the capture, or is excluded from it.
 
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes_relative;
@@ -11,7 +11,7 @@ use aya_ebpf::programs::TcContext;
 use ebpf::{Addr, VERDICT_EGRESS_DROPPED};
 
 use crate::ctx::mapped;
-use crate::maps::{MESH, report};
+use crate::maps::{MESH, leaves_out, report};
 
 /// `enum tcx_action_base`: go on with the next program.
 const TCX_NEXT: i32 = -1;
@@ -104,6 +104,10 @@ fn tcp(ctx: &TcContext, offset: u32, source: &Addr, destination: &Addr) -> Optio
     }
     let ports: [u8; 4] = load(ctx, offset)?;
     let (from, to) = (u16::from_be_bytes([ports[0], ports[1]]), u16::from_be_bytes([ports[2], ports[3]]));
+    // Counted where it was connected; from another's address nothing can begin, as the answer goes there.
+    if leaves_out(source, destination, to) {
+        return None;
+    }
     refuse(source, from, destination, to)
 }
 

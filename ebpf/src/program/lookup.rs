@@ -9,13 +9,13 @@ use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use core::mem::offset_of;
 use ebpf::{
-    Addr, MODE_CLOSED, MODE_PERMISSIVE, Pod, Probe, VERDICT_LISTENER_REFUSED, VERDICT_PLAINTEXT_ACCEPTED,
-    VERDICT_PLAINTEXT_REFUSED, VERDICT_PROBE_ACCEPTED,
+    Addr, INBOUND, MODE_CLOSED, MODE_PERMISSIVE, Pod, Probe, VERDICT_EXCLUDED, VERDICT_LISTENER_REFUSED,
+    VERDICT_PLAINTEXT_ACCEPTED, VERDICT_PLAINTEXT_REFUSED, VERDICT_PROBE_ACCEPTED,
 };
 
-use crate::ctx::{join, mapped, read32, same};
+use crate::ctx::{join, mapped, read32, same, split};
 use crate::gate::is_loopback;
-use crate::maps::{EXEMPT, POD_ADDRS, PROBES, count, report};
+use crate::maps::{EXEMPT, POD_ADDRS, PROBES, count, excludes, report};
 
 type Fields = aya_ebpf::bindings::bpf_sk_lookup;
 const AF_INET: u32 = 2;
@@ -92,6 +92,10 @@ fn judge(pod: &Pod, remote: &Addr, source_port: u16, local: &Addr, port: u16) ->
     {
         report(VERDICT_LISTENER_REFUSED, remote, source_port, local, port);
         return SK_DROP;
+    }
+    if pod.mode != MODE_CLOSED && excludes(local, port, INBOUND) {
+        count(VERDICT_EXCLUDED);
+        return SK_PASS;
     }
     if pod.mode == MODE_PERMISSIVE {
         report(VERDICT_PLAINTEXT_ACCEPTED, remote, source_port, local, port);

@@ -8,14 +8,15 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kube::Resource;
 use kube::runtime::watcher::Event;
 
 use super::objects::{self, Kind};
-use super::rows::{self, EndpointRow, Name, ServiceRow, SliceRow};
+use super::rows::{self, EndpointRow, Name, PodSeen, ServiceRow, SliceRow};
+use super::told::{Objects, Unusable};
 use crate::config::Mode;
 use crate::directory::{Directory, Endpoint, Node, Service, Workload};
 use crate::identity::TrustDomain;
+use crate::mesh_policy::{Exclusions, Labels, Loaded};
 
 /// What is the same for the whole life of a directory.
 #[derive(Clone, Debug)]
@@ -45,84 +46,25 @@ pub enum Update {
     Namespace(Event<objects::Namespace>),
 }
 
-/// An object that cannot be used; the others can.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Unusable {
-    /// Which, by kind and name.
-    pub object: String,
-    /// What is wrong with it.
-    pub why: String,
-}
-
 #[derive(Debug)]
 struct PodRow {
     /// What its own label says.
     label: Option<Mode>,
+    /// Shared by pods that have the same.
+    labels: Arc<Labels>,
+    /// What its own annotations exclude.
+    exclude: Arc<Exclusions>,
     workload: Arc<Workload>,
-}
-
-/// Objects of one kind.
-#[derive(Debug)]
-struct Objects<T> {
-    rows: HashMap<Name, T>,
-    /// While all are told anew: those that were.
-    told: Option<HashSet<Name>>,
-    is_read: bool,
-}
-
-impl<T> Default for Objects<T> {
-    fn default() -> Self {
-        Self { rows: HashMap::new(), told: None, is_read: false }
-    }
-}
-
-impl<T> Objects<T> {
-    /// What an event changes: rows by name, none for an object that is gone or cannot be used.
-    fn hear<K: Resource<DynamicType = Kind>, R>(
-        &mut self,
-        kind: Kind,
-        event: Event<K>,
-        read: impl FnOnce(K) -> Result<Option<R>, String>,
-    ) -> Heard<R> {
-        let mut unusable = None;
-        let changes = match event {
-            Event::Init => {
-                self.told = Some(HashSet::new());
-                Vec::new()
-            }
-            Event::InitApply(object) | Event::Apply(object) => {
-                let name = rows::name(object.meta());
-                if let Some(told) = &mut self.told {
-                    told.insert(Arc::clone(&name));
-                }
-                let row = read(object).unwrap_or_else(|why| {
-                    unusable = Some(Unusable { object: format!("{} {name}", kind.plural), why });
-                    None
-                });
-                vec![(name, row)]
-            }
-            Event::Delete(object) => vec![(rows::name(object.meta()), None)],
-            Event::InitDone => {
-                self.is_read = true;
-                let told = self.told.take().unwrap_or_default();
-                let gone = self.rows.keys().filter(|name| !told.contains(*name));
-                gone.map(|name| (Arc::clone(name), None)).collect()
-            }
-        };
-        Heard { changes, unusable }
-    }
-}
-
-/// What an event changes.
-struct Heard<R> {
-    changes: Vec<(Name, Option<R>)>,
-    unusable: Option<Unusable>,
 }
 
 /// The cluster.
 #[derive(Debug)]
 pub struct Cluster {
     rules: Rules,
+    mesh: Arc<Loaded>,
+    /// Every set of labels that a pod has.
+    labels: HashSet<Arc<Labels>>,
+    no_exclusions: Arc<Exclusions>,
     namespaces: Objects<Option<Mode>>,
     pods: Objects<PodRow>,
     services: Objects<ServiceRow>,
@@ -146,6 +88,9 @@ impl Cluster {
     pub fn new(rules: Rules) -> Self {
         Self {
             rules,
+            mesh: Arc::default(),
+            labels: HashSet::new(),
+            no_exclusions: Arc::default(),
             namespaces: Objects::default(),
             pods: Objects::default(),
             services: Objects::default(),
@@ -199,6 +144,12 @@ impl Cluster {
         unusable.map_or(Ok(()), Err)
     }
 
+    /// Takes other mesh policies into use.
+    pub fn set_mesh(&mut self, mesh: Arc<Loaded>) {
+        self.changed_namespaces.extend(mesh.differing(&self.mesh).map(Name::from));
+        self.mesh = mesh;
+    }
+
     /// Whether every kind has been told in whole, at least once.
     pub fn is_read(&self) -> bool {
         self.namespaces.is_read
@@ -228,19 +179,18 @@ impl Cluster {
     pub fn directory(&mut self) -> Directory {
         let namespaces = std::mem::take(&mut self.changed_namespaces);
         if !namespaces.is_empty() {
-            let mut concerned = Vec::new();
-            for (name, row) in &self.pods.rows {
-                let mode = self.mode(&row.workload.namespace, row.label);
-                if namespaces.contains(&*row.workload.namespace) && mode != row.workload.mode {
-                    concerned.push((
-                        Arc::clone(name),
-                        row.label,
-                        Workload { mode, ..(*row.workload).clone() },
-                    ));
-                }
-            }
-            for (name, label, workload) in concerned {
-                self.set_pod(name, Some((workload, label)));
+            let concerned =
+                self.pods.rows.iter().filter(|(_, row)| namespaces.contains(&*row.workload.namespace));
+            let concerned: Vec<Name> = concerned.map(|(name, _)| Arc::clone(name)).collect();
+            for name in concerned {
+                let Some(row) = self.pods.rows.get(&name) else { continue };
+                let row = PodRow {
+                    label: row.label,
+                    labels: Arc::clone(&row.labels),
+                    exclude: Arc::clone(&row.exclude),
+                    workload: Arc::clone(&row.workload),
+                };
+                self.set_row(name, row);
             }
         }
         for name in std::mem::take(&mut self.changed_services) {
@@ -250,12 +200,40 @@ impl Cluster {
         self.directory.clone()
     }
 
-    fn mode(&self, namespace: &str, label: Option<Mode>) -> Mode {
+    /// A pod's mode: what its own label says, else a policy, else its namespace's label, else the default.
+    fn mode(&self, namespace: &str, label: Option<Mode>, policy: Option<Mode>) -> Mode {
         if self.rules.excluded.contains(namespace) {
             return Mode::Off;
         }
         let of_namespace = || self.namespaces.rows.get(namespace).copied().flatten();
-        label.or_else(of_namespace).unwrap_or(self.rules.default_mode)
+        label.or(policy).or_else(of_namespace).unwrap_or(self.rules.default_mode)
+    }
+
+    /// The pod's workload as everything that is known now makes it; `None` if it is that already.
+    fn settled(&self, row: &PodRow) -> Option<Workload> {
+        let workload = &*row.workload;
+        let mut said = self.mesh.of(&workload.namespace, &row.labels);
+        let mode = self.mode(&workload.namespace, row.label, said.mode);
+        said.exclusions.merge(&row.exclude);
+        let is_same = workload.mode == mode
+            && *workload.exclusions == said.exclusions
+            && workload.svid_lifetime == said.svid_lifetime;
+        let exclusions = match said.exclusions == *self.no_exclusions {
+            true => Arc::clone(&self.no_exclusions),
+            false => Arc::new(said.exclusions),
+        };
+        let svid_lifetime = said.svid_lifetime;
+        (!is_same).then(|| Workload { mode, exclusions, svid_lifetime, ..workload.clone() })
+    }
+
+    /// The set of labels that is kept of those that are equal to it.
+    fn shared(&mut self, labels: Labels) -> Arc<Labels> {
+        if let Some(known) = self.labels.get(&labels) {
+            return Arc::clone(known);
+        }
+        let labels = Arc::new(labels);
+        self.labels.insert(Arc::clone(&labels));
+        labels
     }
 
     fn set_namespace(&mut self, name: Name, label: Option<Option<Mode>>) {
@@ -269,28 +247,51 @@ impl Cluster {
         self.changed_namespaces.insert(name);
     }
 
-    fn set_pod(&mut self, name: Name, pod: Option<(Workload, Option<Mode>)>) {
-        let pod = pod.map(|(mut workload, label)| {
-            workload.mode = self.mode(&workload.namespace, label);
-            (workload, label)
-        });
-        let before = self.pods.rows.get_mut(&name);
-        if let (Some(before), Some((workload, label))) = (&before, &pod)
-            && *before.workload == *workload
-            && before.label == *label
+    fn set_pod(&mut self, name: Name, pod: Option<PodSeen>) {
+        let Some(PodSeen { workload, label, labels, exclude }) = pod else {
+            self.forget_pod(&name);
+            return;
+        };
+        let exclude = match exclude == *self.no_exclusions {
+            true => Arc::clone(&self.no_exclusions),
+            false => Arc::new(exclude),
+        };
+        let labels = self.shared(labels);
+        self.set_row(name, PodRow { label, labels, exclude, workload: Arc::new(workload) });
+    }
+
+    fn set_row(&mut self, name: Name, mut row: PodRow) {
+        if let Some(settled) = self.settled(&row) {
+            row.workload = Arc::new(settled);
+        }
+        if let Some(before) = self.pods.rows.get_mut(&name)
+            && *before.workload == *row.workload
         {
+            // Nothing for the directory; what the next policy is asked about may have changed.
+            row.workload = Arc::clone(&before.workload);
+            let before = std::mem::replace(before, row);
+            self.release(before.labels);
             return;
         }
+        self.forget_pod(&name);
         self.is_changed = true;
-        if let Some(before) = self.pods.rows.remove(&name) {
-            self.directory.remove_workload(&before.workload);
-            self.touch(&before.workload.addresses);
-        }
-        if let Some((workload, label)) = pod {
-            let workload = Arc::new(workload);
-            self.directory.insert_workload(Arc::clone(&workload));
-            self.touch(&workload.addresses);
-            self.pods.rows.insert(name, PodRow { label, workload });
+        self.directory.insert_workload(Arc::clone(&row.workload));
+        self.touch(&row.workload.addresses);
+        self.pods.rows.insert(name, row);
+    }
+
+    fn forget_pod(&mut self, name: &Name) {
+        let Some(before) = self.pods.rows.remove(name) else { return };
+        self.is_changed = true;
+        self.directory.remove_workload(&before.workload);
+        self.touch(&before.workload.addresses);
+        self.release(before.labels);
+    }
+
+    /// Forgets a set of labels that nobody else has.
+    fn release(&mut self, labels: Arc<Labels>) {
+        if Arc::strong_count(&labels) == 2 {
+            self.labels.remove(&labels);
         }
     }
 

@@ -7,6 +7,12 @@ use std::collections::BTreeMap;
 use kube::api::ObjectMeta;
 use kube::core::DynamicResourceScope;
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use crate::document;
+
+/// Of labels and annotations that are ours.
+const OUR_PREFIX: &str = "hauberk.dev/";
 
 /// What the API server calls a kind of objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +42,20 @@ impl Kind {
         Self { kind: "EndpointSlice", group: "discovery.k8s.io", version: "v1", plural: "endpointslices" };
     /// EndpointSlices, as earlier ones do. The fields that are read are the same.
     pub const SLICES_BETA: Self = Self { version: "v1beta1", ..Self::SLICES };
+
+    /// Access policies.
+    pub const ACCESS_POLICIES: Self = Self::ours("AccessPolicy", "accesspolicies");
+    /// Mesh policies.
+    pub const MESH_POLICIES: Self = Self::ours("MeshPolicy", "meshpolicies");
+
+    const fn ours(kind: &'static str, plural: &'static str) -> Self {
+        Self { kind, group: document::GROUP, version: document::VERSION, plural }
+    }
+
+    /// Whether it is a kind that our own definitions (CRDs) make.
+    pub fn is_ours(self) -> bool {
+        self.group == document::GROUP
+    }
 
     /// Group and version, as paths have them.
     pub fn group_version(self) -> String {
@@ -70,7 +90,7 @@ macro_rules! resource {
     )+};
 }
 
-resource!(Pod, Service, Slice, Node, Namespace);
+resource!(Pod, Service, Slice, Node, Namespace, Policy);
 
 /// A pod.
 #[derive(Clone, Debug, Deserialize)]
@@ -214,6 +234,20 @@ pub struct Namespace {
     pub(super) metadata: ObjectMeta,
 }
 
+/// A policy of ours: its own kind's type reads the rest.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Policy {
+    /// Its name, generation and UID.
+    #[serde(deserialize_with = "metadata")]
+    pub metadata: ObjectMeta,
+    /// What it says.
+    #[serde(default)]
+    pub spec: Value,
+    /// What has been said of it.
+    #[serde(default)]
+    pub status: Value,
+}
+
 /// Metadata without what nobody reads.
 fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
     #[derive(Deserialize)]
@@ -223,8 +257,24 @@ fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D:
         namespace: Option<String>,
         uid: Option<String>,
         resource_version: Option<String>,
+        generation: Option<i64>,
         labels: Option<BTreeMap<String, String>>,
+        annotations: Option<BTreeMap<String, String>>,
     }
-    let Read { name, namespace, uid, resource_version, labels } = Read::deserialize(deserializer)?;
-    Ok(ObjectMeta { name, namespace, uid, resource_version, labels, ..ObjectMeta::default() })
+    let mut read = Read::deserialize(deserializer)?;
+    if let Some(annotations) = &mut read.annotations {
+        // Others keep whole documents there.
+        annotations.retain(|key, _| key.starts_with(OUR_PREFIX));
+    }
+    let Read { name, namespace, uid, resource_version, generation, labels, annotations } = read;
+    Ok(ObjectMeta {
+        name,
+        namespace,
+        uid,
+        resource_version,
+        generation,
+        labels,
+        annotations,
+        ..ObjectMeta::default()
+    })
 }

@@ -10,16 +10,22 @@ use super::objects;
 use crate::config::Mode;
 use crate::directory::{NetnsAt, Node, Target, Workload};
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::mesh_policy::document::{Exclude, MAX_CIDRS, MAX_PORTS};
+use crate::mesh_policy::{Exclusions, Labels};
 
 /// On a namespace or a pod: `strict`, `permissive` or `off`.
 pub const MODE_LABEL: &str = "hauberk.dev/mode";
+/// On a pod: ports and ranges of addresses that are left alone, separated by commas.
+const INBOUND_PORTS: &str = "hauberk.dev/exclude-inbound-ports";
+const OUTBOUND_PORTS: &str = "hauberk.dev/exclude-outbound-ports";
+const OUTBOUND_CIDRS: &str = "hauberk.dev/exclude-outbound-cidrs";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Kubernetes' own default (`service.spec.sessionAffinityConfig.clientIP.timeoutSeconds`).
 const AFFINITY_TIMEOUT: Duration = Duration::from_secs(10_800);
 
 /// `namespace/name`, or of what is in no namespace the name.
-pub(super) type Name = Arc<str>;
+pub(crate) type Name = Arc<str>;
 
 /// An object's name.
 pub(super) fn name(meta: &ObjectMeta) -> Name {
@@ -45,13 +51,49 @@ pub(super) fn mode(meta: &ObjectMeta) -> Option<Mode> {
     })
 }
 
-/// A pod as a workload, with the mode that its own label asks for; `None` when it has no network of its
-/// own: in the node's, not placed yet, or ended. Its addresses may be told later than it starts.
+/// What an object's annotations exclude. A list that cannot be read excludes nothing, and is logged: what it
+/// was meant to leave alone is captured, or refused.
+fn exclusions(meta: &ObjectMeta) -> Exclusions {
+    fn list<T: std::str::FromStr>(meta: &ObjectMeta, key: &str, most: usize) -> Option<Vec<T>> {
+        let text = meta.annotations.as_ref()?.get(key)?;
+        let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
+        let listed: Result<Vec<T>, _> = words.map(str::parse).collect();
+        let usable = listed.ok().filter(|list| list.len() <= most);
+        if usable.is_none() {
+            tracing::error!(object = %name(meta), annotation = key, text, "not a list of at most {most}, separated by commas; nothing is excluded by it");
+        }
+        usable
+    }
+    let exclude = Exclude {
+        inbound_ports: list(meta, INBOUND_PORTS, MAX_PORTS),
+        outbound_ports: list(meta, OUTBOUND_PORTS, MAX_PORTS),
+        outbound_cidrs: list(meta, OUTBOUND_CIDRS, MAX_CIDRS),
+    };
+    let mut exclusions = Exclusions::default();
+    exclusions.add(&exclude);
+    exclusions
+}
+
+/// A pod as it was told.
+#[derive(Debug)]
+pub(super) struct PodSeen {
+    /// The workload, before anything but its own object had a say.
+    pub(super) workload: Workload,
+    /// The mode that its own label asks for.
+    pub(super) label: Option<Mode>,
+    /// Its labels.
+    pub(super) labels: Labels,
+    /// What its annotations exclude.
+    pub(super) exclude: Exclusions,
+}
+
+/// A pod as a workload; `None` when it has no network of its own: in the node's, not placed yet, or ended. Its
+/// addresses may be told later than it starts.
 pub(super) fn workload(
     pod: objects::Pod,
     domain: &TrustDomain,
     own_node: Option<&str>,
-) -> Result<Option<(Workload, Option<Mode>)>, String> {
+) -> Result<Option<PodSeen>, String> {
     let ended = matches!(pod.status.phase.as_deref(), Some("Succeeded" | "Failed"));
     if pod.spec.host_network || ended {
         return Ok(None);
@@ -66,7 +108,7 @@ pub(super) fn workload(
         }
     }
     let Some(node) = pod.spec.node_name else { return Ok(None) };
-    let mode = mode(&pod.metadata);
+    let (label, exclude) = (mode(&pod.metadata), exclusions(&pod.metadata));
     let namespace = pod.metadata.namespace.unwrap_or_default();
     let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty());
     let id = SpiffeId::workload(domain, &namespace, account.unwrap_or("default"))
@@ -74,8 +116,18 @@ pub(super) fn workload(
     let is_here = own_node == Some(&*node);
     let netns = pod.metadata.uid.filter(|_| is_here).map(|uid| NetnsAt::PodUid(uid.into()));
     let name = pod.metadata.name.unwrap_or_default();
-    let workload = Workload { name, namespace, id, node, addresses, mode: Mode::Off, netns };
-    Ok(Some((workload, mode)))
+    let workload = Workload {
+        name,
+        namespace,
+        id,
+        node,
+        addresses,
+        mode: Mode::Off,
+        netns,
+        exclusions: Arc::default(),
+        svid_lifetime: None,
+    };
+    Ok(Some(PodSeen { workload, label, labels: pod.metadata.labels.unwrap_or_default(), exclude }))
 }
 
 /// A service without its endpoints.

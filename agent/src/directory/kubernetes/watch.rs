@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,11 +25,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::cluster::{Cluster, Rules, Update};
 use super::objects::{Kind, Namespace, Node, Pod, Service, Slice};
 use crate::config::KubernetesConfig;
-use crate::directory::Live;
+use crate::directory::{Live, Standing};
 use crate::identity::TrustDomain;
+use crate::mesh_policy::MeshPolicies;
 
 /// How long a change may wait for others. A new pod takes longer than that to start.
-const BATCH: Duration = Duration::from_millis(100);
+pub(crate) const BATCH: Duration = Duration::from_millis(100);
 /// How long to wait before the API server is asked again what it serves; half as long again by chance.
 const AGAIN: Duration = Duration::from_secs(2);
 /// The port of a URL without one.
@@ -42,12 +43,19 @@ const SYSTEM_NAMESPACE: &str = "kube-system";
 pub enum ConnectError {
     /// Not in a pod, and no kubeconfig.
     #[error(
-        "directory.kubernetes: not in a pod ({0}); run it in one with a service account, or set directory.kubernetes.kubeconfig"
+        "{field}: not in a pod ({source}); run it in one with a service account, or set {field}.kubeconfig"
     )]
-    NotInPod(#[source] kube::config::InClusterError),
+    NotInPod {
+        /// The configuration's field.
+        field: &'static str,
+        /// What is missing.
+        source: kube::config::InClusterError,
+    },
     /// The kubeconfig cannot be used.
-    #[error("directory.kubernetes.kubeconfig: cannot use {}: {source}", path.display())]
+    #[error("{field}.kubeconfig: cannot use {}: {source}", path.display())]
     Kubeconfig {
+        /// The configuration's field.
+        field: &'static str,
         /// The file.
         path: PathBuf,
         /// What is wrong.
@@ -64,8 +72,35 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// What it says makes no client.
-    #[error("directory.kubernetes: cannot make a client of the API server: {0}")]
-    Client(#[source] Error),
+    #[error("{field}: cannot make a client of the API server: {source}")]
+    Client {
+        /// The configuration's field.
+        field: &'static str,
+        /// What is wrong.
+        source: Error,
+    },
+}
+
+/// Makes a client of the API server from a kubeconfig, or as a pod does; connects to nothing yet. With it
+/// comes the namespace that this process runs in, if it is a pod's. `field` is whose configuration it is.
+///
+/// # Errors
+/// When there is nothing to read, or it cannot be used.
+pub(crate) async fn client(
+    kubeconfig: Option<&Path>,
+    field: &'static str,
+) -> Result<(Client, Option<String>), ConnectError> {
+    let config = match kubeconfig {
+        None => Config::incluster().map_err(|source| ConnectError::NotInPod { field, source })?,
+        Some(path) => {
+            let named = |source| ConnectError::Kubeconfig { field, path: path.into(), source };
+            let read = Kubeconfig::read_from(path).map_err(named)?;
+            Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.map_err(named)?
+        }
+    };
+    // A kubeconfig says where commands go, not where this runs.
+    let own = kubeconfig.is_none().then(|| config.default_namespace.clone());
+    Ok((Client::try_from(config).map_err(|source| ConnectError::Client { field, source })?, own))
 }
 
 /// How to reach the API server, and what to make of what it tells.
@@ -85,18 +120,7 @@ impl Connection {
         domain: &TrustDomain,
         node: Option<&str>,
     ) -> Result<Self, ConnectError> {
-        let server = match &config.kubeconfig {
-            None => Config::incluster().map_err(ConnectError::NotInPod)?,
-            Some(path) => {
-                let named = |source| ConnectError::Kubeconfig { path: path.clone(), source };
-                let read = Kubeconfig::read_from(path).map_err(named)?;
-                let options = KubeConfigOptions::default();
-                Config::from_custom_kubeconfig(read, &options).await.map_err(named)?
-            }
-        };
-        let own = server.default_namespace.clone();
-        // A kubeconfig says where commands go, not where this runs.
-        let own = config.kubeconfig.is_none().then_some(own);
+        let (client, own) = client(config.kubeconfig.as_deref(), "directory.kubernetes").await?;
         let excluded: HashSet<String> = match &config.excluded_namespaces {
             Some(listed) => listed.iter().cloned().collect(),
             None => own.into_iter().chain([SYSTEM_NAMESPACE.to_owned()]).collect(),
@@ -107,7 +131,7 @@ impl Connection {
             default_mode: config.default_mode,
             excluded,
         };
-        Ok(Self { client: Client::try_from(server).map_err(ConnectError::Client)?, rules })
+        Ok(Self { client, rules })
     }
 }
 
@@ -123,7 +147,8 @@ pub fn servers(config: &KubernetesConfig) -> Result<Vec<SocketAddr>, ConnectErro
         found.extend(addresses(&host, port.parse().unwrap_or(HTTPS)).unwrap_or_default());
     }
     let Some(path) = &config.kubeconfig else { return Ok(found) };
-    let named = |source| ConnectError::Kubeconfig { path: path.clone(), source };
+    let named =
+        |source| ConnectError::Kubeconfig { field: "directory.kubernetes", path: path.clone(), source };
     let read = Kubeconfig::read_from(path).map_err(named)?;
     for server in read.clusters.into_iter().filter_map(|named| named.cluster?.server) {
         let unknown = |source| ConnectError::Server { path: path.clone(), server: server.clone(), source };
@@ -143,16 +168,6 @@ fn addresses(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 /// # Errors
 /// One line for the first that it cannot have.
 pub async fn probe(connection: &Connection) -> Result<(), String> {
-    async fn one<K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned>(
-        client: &Client,
-        kind: Kind,
-    ) -> Result<(), String> {
-        let api: Api<K> = Api::all_with(client.clone(), &kind);
-        api.list(&ListParams::default().limit(1))
-            .await
-            .map(drop)
-            .map_err(|e| Fault::new("list", kind, &e).words)
-    }
     let client = &connection.client;
     let slices = slices_kind(client).await.map_err(|e| Fault::new("discover", Kind::SLICES, &e).words)?;
     one::<Namespace>(client, Kind::NAMESPACES).await?;
@@ -162,24 +177,40 @@ pub async fn probe(connection: &Connection) -> Result<(), String> {
     one::<Pod>(client, Kind::PODS).await
 }
 
-/// Runs for ever: follows the cluster.
-pub async fn watch(connection: Connection, live: Arc<Live>) {
+/// Asks for one object of a kind.
+///
+/// # Errors
+/// One line that says what to mend.
+pub(crate) async fn one<K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned>(
+    client: &Client,
+    kind: Kind,
+) -> Result<(), String> {
+    let api: Api<K> = Api::all_with(client.clone(), &kind);
+    api.list(&ListParams::default().limit(1)).await.map(drop).map_err(|e| Fault::new("list", kind, &e).words)
+}
+
+/// Runs for ever: follows the cluster, and what the mesh policies make of it.
+pub async fn watch(connection: Connection, mesh: Arc<MeshPolicies>, live: Arc<Live>) {
     let Connection { client, rules } = connection;
+    // A directory without them would turn pods out of the mesh.
+    mesh.read().await;
+    let mut other_policies = mesh.subscribe();
     let slices = loop {
         match slices_kind(&client).await {
             Ok(kind) => break kind,
-            Err(error) => Fault::new("discover", Kind::SLICES, &error).tell(Kind::SLICES, &live),
+            Err(error) => Fault::new("discover", Kind::SLICES, &error).tell(Kind::SLICES, live.standing()),
         }
         sleep(AGAIN.mul_f64(1.0 + 0.5 * fastrand::f64())).await;
     };
     let mut updates = stream::select_all([
-        updates::<Namespace>(&client, Kind::NAMESPACES, &live, Update::Namespace),
-        updates::<Node>(&client, Kind::NODES, &live, Update::Node),
-        updates::<Service>(&client, Kind::SERVICES, &live, Update::Service),
-        updates::<Slice>(&client, slices, &live, Update::Slice),
-        updates::<Pod>(&client, Kind::PODS, &live, Update::Pod),
+        updates(&client, Kind::NAMESPACES, live.standing(), Update::Namespace),
+        updates(&client, Kind::NODES, live.standing(), Update::Node),
+        updates(&client, Kind::SERVICES, live.standing(), Update::Service),
+        updates(&client, slices, live.standing(), Update::Slice),
+        updates(&client, Kind::PODS, live.standing(), Update::Pod),
     ]);
     let mut cluster = Cluster::new(rules);
+    cluster.set_mesh(mesh.load());
     let mut due: Option<Instant> = None;
     loop {
         tokio::select! {
@@ -188,11 +219,8 @@ pub async fn watch(connection: Connection, live: Arc<Live>) {
                     live.standing().failed("unusable");
                     tracing::error!(object = unusable.object, why = unusable.why, "an object cannot be used; it counts as absent");
                 }
-                // A directory without what was not told yet would turn pods out of the mesh.
-                if due.is_none() && cluster.is_read() && (cluster.is_changed() || !live.is_read()) {
-                    due = Some(Instant::now() + BATCH);
-                }
             }
+            Ok(()) = other_policies.changed() => cluster.set_mesh(mesh.load()),
             () = until(due) => {
                 due = None;
                 if !live.is_read() {
@@ -204,10 +232,15 @@ pub async fn watch(connection: Connection, live: Arc<Live>) {
                 }
             }
         }
+        // A directory without what was not told yet would turn pods out of the mesh.
+        if due.is_none() && cluster.is_read() && (cluster.is_changed() || !live.is_read()) {
+            due = Some(Instant::now() + BATCH);
+        }
     }
 }
 
-async fn until(at: Option<Instant>) {
+/// Resolves at a time, if there is one.
+pub(crate) async fn until(at: Option<Instant>) {
     match at {
         Some(at) => sleep_until(at).await,
         None => std::future::pending().await,
@@ -223,37 +256,38 @@ async fn slices_kind(client: &Client) -> Result<Kind, Error> {
     }
 }
 
-/// What is told of one kind, for ever; faults are told on the way.
-fn updates<K>(
+/// What is told of one kind, for ever; faults are told to `standing` on the way.
+pub(crate) fn updates<K, U>(
     client: &Client,
     kind: Kind,
-    live: &Arc<Live>,
-    wrap: fn(watcher::Event<K>) -> Update,
-) -> BoxStream<'static, Update>
+    standing: &Arc<Standing>,
+    wrap: fn(watcher::Event<K>) -> U,
+) -> BoxStream<'static, U>
 where
     K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned + Send + 'static,
+    U: 'static,
 {
     let api: Api<K> = Api::all_with(client.clone(), &kind);
     let events = watcher(api, watcher::Config::default()).default_backoff();
-    heard(events, kind, Arc::clone(live)).map(wrap).boxed()
+    heard(events, kind, Arc::clone(standing)).map(wrap).boxed()
 }
 
 fn heard<K>(
     events: impl Stream<Item = watcher::Result<watcher::Event<K>>>,
     kind: Kind,
-    live: Arc<Live>,
+    standing: Arc<Standing>,
 ) -> impl Stream<Item = watcher::Event<K>> {
     events.filter_map(move |event| {
         let heard = match event {
             Ok(event) => {
                 // The first event of a list comes before anything was asked.
                 if !matches!(event, watcher::Event::Init) {
-                    live.standing().heard(kind.plural, matches!(event, watcher::Event::InitDone));
+                    standing.heard(kind.plural, matches!(event, watcher::Event::InitDone));
                 }
                 Some(event)
             }
             Err(error) => {
-                Fault::of_watcher(kind, &error).tell(kind, &live);
+                Fault::of_watcher(kind, &error).tell(kind, &standing);
                 None
             }
         };
@@ -262,10 +296,11 @@ fn heard<K>(
 }
 
 /// What came instead of objects.
-struct Fault {
+pub(crate) struct Fault {
     /// One of a fixed set.
     reason: &'static str,
-    words: String,
+    /// One line: verb, resource, answer, remedy.
+    pub(crate) words: String,
 }
 
 impl Fault {
@@ -282,7 +317,8 @@ impl Fault {
         }
     }
 
-    fn new(verb: &str, kind: Kind, error: &Error) -> Self {
+    /// What a call came to.
+    pub(crate) fn new(verb: &str, kind: Kind, error: &Error) -> Self {
         let plural = kind.plural;
         match error {
             Error::Api(status) => Self::answered(verb, kind, status.code, &status.message),
@@ -304,6 +340,7 @@ impl Fault {
         let (reason, remedy) = match code {
             401 => ("unauthorized", " (are the credentials those of this cluster?)".to_owned()),
             403 => ("forbidden", format!(" (a ClusterRole must grant list and watch on {plural})")),
+            404 if kind.is_ours() => ("server", " (apply manifests/crds, which define it)".to_owned()),
             410 => ("expired", String::new()),
             _ => ("server", String::new()),
         };
@@ -313,11 +350,11 @@ impl Fault {
         }
     }
 
-    fn tell(self, kind: Kind, live: &Live) {
-        live.standing().failed(self.reason);
+    fn tell(self, kind: Kind, standing: &Standing) {
+        standing.failed(self.reason);
         // A history that is gone is read again at once.
-        if self.reason != "expired" && live.standing().fault(kind.plural, &self.words) {
-            tracing::error!(error = self.words, "the directory stays as it was; trying again");
+        if self.reason != "expired" && standing.fault(kind.plural, &self.words) {
+            tracing::error!(error = self.words, "nothing new of the {}; trying again", standing.what());
         }
     }
 }

@@ -53,7 +53,7 @@ impl Policies {
                 registry,
                 IntGauge::new(
                     "hauberk_policies_stale",
-                    "1 while the policies' file cannot be used and an earlier state of it is enforced.",
+                    "1 while the policies' source, or one of them, cannot be used and an earlier state is enforced.",
                 )?,
             )?,
         })

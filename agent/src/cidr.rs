@@ -20,7 +20,7 @@ pub enum CidrError {
 }
 
 /// A range of addresses.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Cidr {
     first: IpAddr,
@@ -50,6 +50,16 @@ impl Cidr {
             v4 @ IpAddr::V4(_) if first.is_ipv6() && prefix >= 96 => Self { first: v4, prefix: prefix - 96 },
             _ => Self { first, prefix },
         })
+    }
+
+    /// Its first address.
+    pub fn first(&self) -> IpAddr {
+        self.first
+    }
+
+    /// How many bits of the address count.
+    pub fn prefix(&self) -> u8 {
+        self.prefix
     }
 
     /// Whether an address is in the range; a mapped one counts as the address it maps.
@@ -94,6 +104,13 @@ impl TryFrom<String> for Cidr {
     type Error = CidrError;
     fn try_from(text: String) -> Result<Self, CidrError> {
         Self::parse(&text)
+    }
+}
+
+impl std::str::FromStr for Cidr {
+    type Err = CidrError;
+    fn from_str(text: &str) -> Result<Self, CidrError> {
+        Self::parse(text)
     }
 }
 
