@@ -11,7 +11,8 @@ use std::time::{Duration, SystemTime};
 
 use hauberk::authority::proto::Applied;
 use hauberk::authority::state::{Adopted, adopt, start_rotation, supplied};
-use hauberk::ca::{Ca, create_root};
+use hauberk::ca::state::TrustState;
+use hauberk::ca::{Ca, CaError, create_root};
 use hauberk::identity::bundle::TrustBundle;
 use hauberk::identity::svid::{Leaf, is_self_issued};
 use hauberk::issue::istio::proto::IstioCertificateRequest;
@@ -113,7 +114,12 @@ async fn a_token_that_is_old_used_unknown_or_anothers_lets_nobody_in() {
         let status = scene.attest(name, scene.token("n1", now), csr()).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{name:?}: {status:?}");
     }
-    assert!(scene.attest("n1", scene.token("n1", now), csr()).await.is_ok());
+    let kept = scene.token("n1", now);
+    let status = scene.attest("n1", kept.clone(), vec![1, 2, 3]).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    let at_once = futures_util::future::join_all((0..8).map(|_| scene.attest("n1", kept.clone(), csr())));
+    let let_in = at_once.await.into_iter().filter(Result::is_ok).count();
+    assert_eq!(let_in, 1, "a bad CSR has not used it up, and it works once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,6 +227,31 @@ async fn an_authority_with_an_old_state_is_found_out_at_both_ends() {
     assert!(!held.set_bundle(bundle), "older");
     assert_eq!(held.snapshot().bundle.roots().len(), 2);
     scene.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_that_has_signed_for_as_long_as_it_was_meant_to_is_changed_by_itself() {
+    let mut scene = Scene::started("rootRotation: {everyDays: 30}\n").await;
+    let first = scene.state().signing;
+    let node = scene.join("n1").await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(scene.state().generation, 1, "it is not due");
+    scene.stop().await;
+    let age = |state: &mut TrustState| {
+        state.roots[0].since -= 31 * 24 * 3600;
+        Ok::<_, CaError>(())
+    };
+    scene.store().change_trust(age).unwrap();
+    scene.start().await;
+    wait_until("a second root is trusted", async || scene.state().roots.len() == 2).await;
+    assert_eq!(scene.state().signing, first, "the node holds an SVID and has not applied it");
+    let mut client = scene.client(Some(&node)).await;
+    let (say, said) = tokio::sync::mpsc::channel(4);
+    say.send(Applied { generation: 2 }).await.unwrap();
+    let _bundles = client.watch_bundle(ReceiverStream::new(said)).await.unwrap();
+    wait_until("the new one signs", async || scene.state().signing != first).await;
+    let web = scene.issue(&node, &workload("web")).await.unwrap();
+    issue::check(&web, web.id(), &scene.bundle(), SystemTime::now()).unwrap();
 }
 
 /// A CA of the operator's: certificate (PEM), key, and what signs below it.

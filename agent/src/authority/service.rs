@@ -18,7 +18,7 @@ use super::queue::{Busy, Queue};
 use super::serve::PeerInfo;
 use super::wire;
 use crate::ca::state::seconds;
-use crate::ca::store::{Redeemed, Store};
+use crate::ca::store::{Redeemed, Store, StoreError};
 use crate::ca::{BACKDATED, CaError, ProvenKey};
 use crate::directory::Live;
 use crate::identity::bundle::TrustBundle;
@@ -58,9 +58,24 @@ pub(super) type Chain = Vec<CertificateDer<'static>>;
 pub(super) struct Refusal(pub(super) &'static str, pub(super) Status);
 
 impl Service {
+    /// Whom a join token is for. It is used up when its SVID is signed ([`Service::redeem`]), or at once where
+    /// somebody has it who should not: whoever is told to come back, or sends a bad CSR, has it still.
     fn admit(&self, request: &AttestRequest, now: SystemTime) -> Result<SpiffeId, Refusal> {
         let id = SpiffeId::node(&self.domain, &request.node)
             .map_err(|e| Refusal("bad_request", Status::invalid_argument(format!("node: {e}"))))?;
+        let good = self.store.peek(&request.join_token, &request.node, now);
+        let admitted = self.judge(good, request).and_then(|()| self.unbanned(&id, &request.node, now));
+        if admitted.is_err() {
+            self.redeem(request, now)?;
+        }
+        admitted.map(|()| id)
+    }
+
+    fn redeem(&self, request: &AttestRequest, now: SystemTime) -> Result<(), Refusal> {
+        self.judge(self.store.redeem(&request.join_token, &request.node, now), request)
+    }
+
+    fn judge(&self, token: Result<Redeemed, StoreError>, request: &AttestRequest) -> Result<(), Refusal> {
         // The same words for every kind of bad token: a stranger learns nothing by trying.
         let denied = || {
             Status::permission_denied(format!(
@@ -68,9 +83,8 @@ impl Service {
                 request.node
             ))
         };
-        match self.store.redeem(&request.join_token, &request.node, now) {
-            // A revoked node's token is used up like any other.
-            Ok(Redeemed::Accepted) => self.unbanned(&id, &request.node, now).map(|()| id),
+        match token {
+            Ok(Redeemed::Accepted) => Ok(()),
             Ok(Redeemed::Unknown) => Err(Refusal("token_unknown", denied())),
             Ok(Redeemed::OtherNode) => Err(Refusal("token_other_node", denied())),
             Ok(Redeemed::Expired) => Err(Refusal("token_expired", denied())),
@@ -223,7 +237,9 @@ impl Authority for Service {
         let signed = match self.admit(&request, now) {
             Ok(id) => {
                 let asked = Asked { id: &id, node: &request.node, lifetime: self.lifetime, held_until: 0 };
-                self.sign(asked, request.csr, now).await.map(|chain| self.svid(&chain))
+                let signed = self.sign(asked, request.csr.clone(), now).await;
+                // Of two who present one token at once, one is given what was signed.
+                signed.and_then(|chain| self.redeem(&request, now).map(|()| self.svid(&chain)))
             }
             Err(refusal) => Err(refusal),
         };
@@ -291,4 +307,18 @@ async fn listen(ledger: Arc<Ledger>, node: NodeName, present: Presence, mut said
         tokio::time::sleep(LISTEN_EVERY).await;
     }
     drop(present);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_finds_no_room_is_told_when_to_come_back_in_the_words_that_agents_read() {
+        let Refusal(reason, status) = busy(Busy { retry_after: Duration::from_millis(7_900) });
+        assert_eq!((reason, status.code()), ("busy", tonic::Code::ResourceExhausted));
+        assert_eq!(status.metadata().get("retry-after").unwrap(), "7");
+        let Refusal(_, status) = busy(Busy { retry_after: Duration::from_millis(1) });
+        assert_eq!(status.metadata().get("retry-after").unwrap(), "1", "never at once");
+    }
 }

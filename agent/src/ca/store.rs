@@ -208,23 +208,18 @@ impl Store {
         Ok(token)
     }
 
-    /// Uses a join token up. Of two who present the same one, at most one is accepted: the file's
-    /// removal decides.
+    /// What [`Store::redeem`] would say, without using the token up: whoever is then refused for another reason
+    /// has it still.
     ///
     /// # Errors
     /// When the directory cannot be used.
-    pub fn redeem(&self, token: &str, node: &str, now: SystemTime) -> Result<Redeemed, StoreError> {
+    pub fn peek(&self, token: &str, node: &str, now: SystemTime) -> Result<Redeemed, StoreError> {
         // Looked up by its hash: neither timing nor a listing of the directory tells the token.
         let path = self.token_path(token);
-        let io = |source| StoreError::Io { path: path.clone(), source };
         let text = match fs::read_to_string(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Redeemed::Unknown),
-            other => other.map_err(io)?,
+            other => other.map_err(|source| StoreError::Io { path, source })?,
         };
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Redeemed::Unknown),
-            other => other.map_err(io)?,
-        }
         let Some((until, made_for)) = text.split_once(' ') else { return Ok(Redeemed::Unknown) };
         let until = UNIX_EPOCH + Duration::from_secs(until.parse().unwrap_or(0));
         Ok(match (made_for == node, now <= until) {
@@ -232,6 +227,21 @@ impl Store {
             (true, false) => Redeemed::Expired,
             (true, true) => Redeemed::Accepted,
         })
+    }
+
+    /// Uses a join token up. Of two who present the same one, at most one is accepted: the file's
+    /// removal decides, and lasts when this returns.
+    ///
+    /// # Errors
+    /// When the directory cannot be used.
+    pub fn redeem(&self, token: &str, node: &str, now: SystemTime) -> Result<Redeemed, StoreError> {
+        let said = self.peek(token, node, now)?;
+        let path = self.token_path(token);
+        let removed = fs::remove_file(&path).and_then(|()| File::open(self.dir.join("tokens"))?.sync_all());
+        match removed {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Redeemed::Unknown),
+            other => other.map(|()| said).map_err(|source| StoreError::Io { path, source }),
+        }
     }
 
     fn token_path(&self, token: &str) -> PathBuf {
