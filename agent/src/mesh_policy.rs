@@ -59,9 +59,8 @@ impl Loaded {
     pub fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = &'a str> {
         let here = self.by_namespace.keys();
         let gone = other.by_namespace.keys().filter(|namespace| !self.by_namespace.contains_key(*namespace));
-        let differs =
-            |namespace: &&Box<str>| self.by_namespace.get(*namespace) != other.by_namespace.get(*namespace);
-        here.chain(gone).filter(differs).map(|namespace| &**namespace)
+        let names = here.chain(gone).map(|namespace| &**namespace);
+        names.filter(|namespace| self.by_namespace.get(*namespace) != other.by_namespace.get(*namespace))
     }
 
     /// What is said of a workload.

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     fn program() -> PathBuf {
-        tests::host::bin("hauberk").unwrap().into()
+        ::tests::host::bin("hauberk").unwrap().into()
     }
 
     #[test]

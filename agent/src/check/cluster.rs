@@ -25,9 +25,10 @@ use crate::policy::kubernetes::kept::Kept;
 
 /// How long one question may take.
 const LIMIT: Duration = Duration::from_secs(10);
-/// The parts whose rights are checked, by service account, and what each needs: verb, group, resource, and
-/// whether in the mesh's own namespace only.
-const NEEDED: [(&str, &[(&str, &str, &str, bool)]); 2] = [
+/// Verb, group, resource, and whether it is needed in the mesh's own namespace only.
+type Right = (&'static str, &'static str, &'static str, bool);
+/// The parts whose rights are checked, by service account, and what each needs.
+const NEEDED: [(&str, &[Right]); 2] = [
     (
         "hauberk-agent",
         &[

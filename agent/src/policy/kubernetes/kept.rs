@@ -86,7 +86,7 @@ impl Kept {
 
     /// Names this state: the same for everyone who was told of the same objects in the same generations.
     pub fn digest(&self) -> String {
-        fn lines<'a, D>(kind: Kind, objects: &'a Objects<Row<D>>) -> impl Iterator<Item = String> + 'a {
+        fn lines<D>(kind: Kind, objects: &Objects<Row<D>>) -> impl Iterator<Item = String> {
             objects.rows.values().map(move |row| format!("{} {} {}\n", kind.plural, row.uid, row.generation))
         }
         let (access, mesh) =

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::directory::{NetnsAt, Resolved};
+use crate::identity::SpiffeId;
 
 fn rules() -> Rules {
     Rules {
@@ -158,6 +159,82 @@ fn a_namespaces_label_that_changes_or_goes_changes_its_pods() {
     assert_eq!(mode(&mut cluster), Mode::Permissive);
     cluster.update(delete(kind, object)).unwrap();
     assert_eq!(mode(&mut cluster), Mode::Off);
+}
+
+fn mesh(specs: &[&str]) -> Arc<Loaded> {
+    let policy = |(number, spec): (usize, &&str)| {
+        let text = format!(
+            "{{apiVersion: hauberk.dev/v1alpha1, kind: MeshPolicy, metadata: {{name: p{number}, namespace: shop}}, spec: {spec}}}"
+        );
+        serde_yaml::from_str(&text).unwrap()
+    };
+    Arc::new(Loaded::new(specs.iter().enumerate().map(policy).collect()))
+}
+
+#[test]
+fn a_mesh_policy_decides_between_the_pods_label_and_its_namespaces() {
+    let labelled = |name: &str, ip: &str, labels: Value| {
+        let mut pod = pod(name, ip, json!({}));
+        pod.1["metadata"]["labels"] = labels;
+        pod
+    };
+    let pods = [
+        labelled("a", "10.1.0.1", json!({"app": "a"})),
+        labelled("b", "10.1.0.2", json!({"app": "a"})),
+        labelled("own", "10.1.0.3", json!({"app": "a", "hauberk.dev/mode": "off"})),
+    ];
+    let mut cluster = cluster([namespace("shop", Some("permissive"))].into_iter().chain(pods));
+    let modes = |cluster: &mut Cluster| {
+        let directory = cluster.directory();
+        ["10.1.0.1", "10.1.0.2", "10.1.0.3"]
+            .map(|ip| directory.workload_at(ip.parse().unwrap()).unwrap().mode)
+    };
+    use Mode::{Off, Permissive, Strict};
+    assert_eq!(modes(&mut cluster), [Permissive, Permissive, Off]);
+    cluster.set_mesh(mesh(&[
+        "{selector: {matchLabels: {app: a}}, mode: strict, certificateLifetimeSeconds: 600}",
+    ]));
+    assert!(cluster.is_changed());
+    assert_eq!(modes(&mut cluster), [Strict, Strict, Off]);
+    let id = SpiffeId::parse("spiffe://td.test/ns/shop/sa/web").unwrap();
+    let lifetime = cluster.directory().svid_lifetime(&id, "n1");
+    assert_eq!(lifetime, Some(std::time::Duration::from_secs(600)));
+    // Labels that change count at once; sets that nobody has any more are forgotten.
+    assert_eq!(cluster.labels.len(), 2);
+    let (kind, relabelled) = labelled("b", "10.1.0.2", json!({"app": "b"}));
+    cluster.update(apply(kind, relabelled)).unwrap();
+    assert_eq!(modes(&mut cluster), [Strict, Permissive, Off]);
+    assert_eq!(cluster.labels.len(), 3);
+    let (kind, back) = labelled("b", "10.1.0.2", json!({"app": "a"}));
+    cluster.update(apply(kind, back)).unwrap();
+    assert_eq!(cluster.labels.len(), 2);
+    cluster.set_mesh(mesh(&[]));
+    assert_eq!(modes(&mut cluster), [Permissive, Permissive, Off]);
+    cluster.set_mesh(mesh(&[]));
+    assert!(!cluster.is_changed(), "nothing new");
+}
+
+#[test]
+fn annotations_and_policies_exclude_together_and_what_cannot_be_read_excludes_nothing() {
+    let annotated = |ports: &str| {
+        let annotations = json!({
+            "hauberk.dev/exclude-inbound-ports": ports,
+            "hauberk.dev/exclude-outbound-cidrs": "10.8.0.0/16,fd00::/8",
+        });
+        pod("a", "10.1.0.1", json!({"metadata": {"annotations": annotations}}))
+    };
+    let mut cluster = cluster([annotated(" 9090, 80")]);
+    let excluded = |cluster: &mut Cluster| {
+        cluster.directory().workload_at("10.1.0.1".parse().unwrap()).unwrap().exclusions.words()
+    };
+    assert_eq!(excluded(&mut cluster), ["in:80", "in:9090", "out:10.8.0.0/16", "out:fd00::/8"]);
+    cluster.set_mesh(mesh(&["{selector: {all: true}, exclude: {outboundPorts: [53], inboundPorts: [80]}}"]));
+    assert_eq!(excluded(&mut cluster), ["in:80", "in:9090", "out:53", "out:10.8.0.0/16", "out:fd00::/8"]);
+    for bad in ["9090;80", "70000", "-1", &vec!["1"; 65].join(",")] {
+        let (kind, object) = annotated(bad);
+        cluster.update(apply(kind, object)).unwrap();
+        assert_eq!(excluded(&mut cluster), ["in:80", "out:53", "out:10.8.0.0/16", "out:fd00::/8"], "{bad}");
+    }
 }
 
 #[test]
