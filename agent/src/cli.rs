@@ -7,6 +7,7 @@ mod capacity;
 mod check;
 mod policy;
 mod revocation;
+mod rotation;
 
 use std::process::ExitCode;
 

@@ -129,8 +129,8 @@ pub struct AgentConfig {
     /// Where /metrics, /healthz and /readyz are served.
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
-    /// Data-path threads. Default: one per core, at most 8; each has its own listeners and pool, so
-    /// more threads mean more node-to-node connections.
+    /// Data-path threads. Default: one per core, at most 8; each has its own listeners and pool;
+    /// between busy nodes more threads mean more connections.
     pub workers: Option<usize>,
     /// How long a graceful stop waits for open connections. Default 30 s: Kubernetes' own patience.
     #[serde(default = "default_drain", rename = "drainSeconds", deserialize_with = "seconds")]

@@ -208,7 +208,7 @@ impl Enroller {
         if most == 0 || !self.config.issuer().issues_nodes() || std::mem::replace(&mut self.warmed, true) {
             return;
         }
-        // One of the threads makes the first connection to each, which the others resume.
+        // One of the threads makes a connection to each, which serves the others while they need no more.
         if let Some(thread) = self.threads.first() {
             thread.warm(Recent::take_up(&self.config.runtime_dir, most));
         }

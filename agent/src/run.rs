@@ -137,7 +137,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
 
     tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
-    tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
+    tokio::spawn(rotate::keep_bundle(Arc::clone(&trust), rotator.keep()));
     if let Some(policy) = &config.policy {
         tokio::spawn(policies.watch(policy.file.clone()));
     }
@@ -256,6 +256,7 @@ fn shared(
         observe,
         tunnel: Arc::new(config.tunnel.clone()),
         words: broadcast::Sender::new(WORDS),
+        inboxes: Arc::new([]),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),
         farewell: Arc::new(AtomicU64::new(0)),
@@ -266,9 +267,7 @@ fn shared(
 
 fn start_threads(config: &AgentConfig, shared: &Shared, give_back: fn()) -> Result<Vec<Thread>> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_DEFAULT_WORKERS);
-    (0..config.workers.unwrap_or(cores))
-        .map(|number| Thread::start(number, shared.clone(), give_back))
-        .collect::<Result<_, _>>()
+    Thread::start(config.workers.unwrap_or(cores), shared.clone(), give_back)
         .context("cannot start the data path's threads")
 }
 

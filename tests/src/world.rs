@@ -530,6 +530,17 @@ impl World {
         listening.with_context(|| std::fs::read_to_string(dir.join("authority.log")).unwrap_or_default())
     }
 
+    /// The authority's root: certificate and key (PEM).
+    ///
+    /// # Errors
+    /// When there is none yet.
+    pub fn root_pem(&self) -> Result<String> {
+        let text = std::fs::read_to_string(self.dir().join("authority/trust.json"))?;
+        let state: serde_json::Value = serde_json::from_str(&text)?;
+        let part = |key: &str| state["roots"][0][key].as_str().context("trust.json has no root");
+        Ok(format!("{}{}", part("certificate")?, part("key")?))
+    }
+
     /// Stops the authority.
     pub fn stop_authority(&mut self) {
         self.authority = None;
