@@ -7,6 +7,7 @@ mod fuzz;
 mod layers;
 mod setup;
 mod shell;
+mod skew;
 mod test;
 mod vm;
 
@@ -36,6 +37,8 @@ enum Verb {
     Fuzz(fuzz::Fuzz),
     /// Run the tests of kernel TLS on Debian's kernels, in an emulated machine (some minutes).
     Vm(vm::Vm),
+    /// Run agents and an authority of another version beside this one's (builds it: some minutes).
+    Skew(skew::Skew),
     /// Measure against the direct path and other proxies, side by side; --report keeps it.
     Bench(bench::Bench),
     /// Remove what killed demos and tests left: namespaces, cgroups, mounts.
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Verb::Check => check::run(),
         Verb::Fuzz(fuzz) => fuzz.run(),
         Verb::Vm(vm) => vm.run(),
+        Verb::Skew(skew) => skew.run(),
         Verb::Bench(bench) => bench.run(),
         Verb::Clean => {
             tests::sweep::stale();
