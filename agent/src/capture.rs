@@ -223,6 +223,13 @@ impl Capture {
     /// When the table is full or cannot be written.
     pub fn set_mesh(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<bool, CaptureError> {
         replace(&self.mesh, addresses.chain(verify::PROBES))
+            .and_then(|grown| {
+                let probes = verify::PROBES.iter();
+                probes
+                    .map(|to| self.mesh.insert(&addr(*to), &ebpf::MEMBER_PROBE))
+                    .collect::<io::Result<()>>()?;
+                Ok(grown)
+            })
             .map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
     }
 
@@ -236,7 +243,7 @@ impl Capture {
         removed: &HashSet<IpAddr>,
     ) -> Result<(), CaptureError> {
         let change = || {
-            added.iter().try_for_each(|address| self.mesh.insert(&addr(*address), &1))?;
+            added.iter().try_for_each(|address| self.mesh.insert(&addr(*address), &ebpf::MEMBER))?;
             removed.iter().try_for_each(|address| self.mesh.remove(&addr(*address)))
         };
         change().map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })

@@ -24,16 +24,15 @@ use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, NetnsAt, Workload};
 use crate::handover::Inherited;
 use crate::netns::Netns;
+use crate::pod::{Pod, Pods};
+use crate::shard::Thread;
+use crate::warm::Recent;
 use front::OwnFront;
 pub use pace::{LOOK_EVERY, Pace};
 use place::{Cgroups, cgroups, is_inhabited, netns_path, still_fits};
 pub use status::{Standing, Status};
 use succession::handles;
 pub use verify::VERIFY_EVERY;
-
-use crate::pod::{Pod, Pods};
-use crate::shard::Thread;
-use crate::warm::Recent;
 
 /// Of a workload: `namespace/name`.
 type FullName = String;
@@ -263,8 +262,7 @@ impl Enroller {
         }
         let Ok(cgroups) = &**cgroups else { return };
         let mut judged = HashMap::new();
-        let leaving = self.leaving.iter().map(|(_, leaving)| &leaving.workload);
-        for workload in directory.on_node(&self.config.node).chain(leaving) {
+        for workload in directory.on_node(&self.config.node) {
             let Some(NetnsAt::PodUid(uid)) = &workload.netns else { continue };
             let Some(cgroup) = cgroups.id(uid) else { continue };
             let name = workload.full_name();

@@ -234,6 +234,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn another_version_of_the_messages_is_refused_in_words() {
+        let dir = std::env::temp_dir().join(format!("hauberk-handover-{:x}", fastrand::u64(..)));
+        std::fs::create_dir(&dir).unwrap();
+        let offer = Offer::new(&dir).unwrap();
+        let later = Passing::connect(&path(&dir)).unwrap();
+        later.send(&Hello { handover: VERSION + 1, version: "9.0.0".into() }, &[]).unwrap();
+        let error = offer.next().expect_err("of another version").to_string();
+        assert!(error.contains("version 2 of the hand-over, not 1"), "{error}");
+        let (greeting, fds) = later.receive::<Greeting>().unwrap();
+        assert!(greeting.refused.is_some() && fds.is_empty(), "{greeting:?}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn every_socket_comes_over_by_name_and_a_successor_that_gives_up_is_noticed() {
         let dir = std::env::temp_dir().join(format!("hauberk-handover-{:x}", fastrand::u64(..)));
         std::fs::create_dir(&dir).unwrap();

@@ -6,6 +6,8 @@
 mod enrolling;
 mod upgrade;
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -168,9 +170,32 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
         let connection = policy::kubernetes::Connection::new(cluster).await?;
         ours.extend(tell_the_cluster(connection, &config, &state));
     }
-    let mut handover = wait_for_successor(&config.runtime_dir, estate)?;
-
+    let handover = wait_for_successor(&config.runtime_dir, estate)?;
     tracing::info!(node = config.node, trust_domain = %domain, "the agent runs");
+    let retire = || {
+        ours.iter().for_each(JoinHandle::abort);
+        // The thread ends only after this one has asked it to.
+        let _ = orders.send(Order::Retire);
+    };
+    serve_and_drain(&config, &shared, stop, handover, retire).await?;
+    stop_enrolling.cancel();
+    let threads = tokio::task::spawn_blocking(move || enrolling.join()).await?;
+    shared.abort.cancel();
+    for thread in threads.map_err(|_| anyhow!("the enrolling thread panicked"))? {
+        tokio::task::spawn_blocking(move || thread.join()).await?;
+    }
+    Ok(())
+}
+
+/// Serves until the agent is told to stop or a successor has taken over, and drains then. `retire` ends
+/// what a successor does from now on.
+async fn serve_and_drain(
+    config: &AgentConfig,
+    shared: &Shared,
+    mut stop: Pin<&mut impl Future<Output = Result<()>>>,
+    mut handover: watch::Receiver<Phase>,
+    retire: impl FnOnce(),
+) -> Result<()> {
     let mut is_stopped = false;
     tokio::select! {
         stopped = &mut stop => {
@@ -182,26 +207,19 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     // Who is told to stop while a successor gets ready waits for that.
     let has_successor = match handover.wait_for(|phase| *phase != Phase::UnderWay).await {
         Ok(phase) => *phase == Phase::Done,
+        // The thread ends with a hand-over that is done.
         Err(_) => true,
     };
     if has_successor {
-        ours.iter().for_each(JoinHandle::abort);
-        // The thread ends only after this one has asked it to.
-        let _ = orders.send(Order::Retire);
+        retire();
         let spread = (config.drain / 4).min(FAREWELL);
         shared.farewell.store(spread.as_millis() as u64, Ordering::Relaxed);
     }
-    drain(&shared, config.drain).await;
+    drain(shared, config.drain).await;
     if has_successor && !is_stopped {
         // Whatever started us would take our end for a failure, and start us again.
         tracing::info!("a successor serves this node; waiting to be stopped");
         stop.await?;
-    }
-    stop_enrolling.cancel();
-    let threads = tokio::task::spawn_blocking(move || enrolling.join()).await?;
-    shared.abort.cancel();
-    for thread in threads.map_err(|_| anyhow!("the enrolling thread panicked"))? {
-        tokio::task::spawn_blocking(move || thread.join()).await?;
     }
     Ok(())
 }

@@ -233,6 +233,11 @@ row! {
     }
 }
 
+/// Value of `MESH` (key: [`Addr`]): traffic to the address is captured.
+pub const MEMBER: u32 = 1;
+/// Value of `MESH`: where the agent's own connections go that try the capture. They are not counted.
+pub const MEMBER_PROBE: u32 = 2;
+
 /// Most bytes of a cgroup's path that are told.
 pub const PATH_BYTES: usize = 256;
 

@@ -77,7 +77,7 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     serve(&mut world, &[("one", 8080), ("two", 9090)]);
     world.start().unwrap();
     let _one = world.get("one").host.actor_server(&["whoami", "0.0.0.0:8080"]).unwrap();
-    let _two = world.get("two").host.actor_server(&["whoami", "0.0.0.0:9090"]).unwrap();
+    let two = world.get("two").host.actor_server(&["whoami", "0.0.0.0:9090"]).unwrap();
     let _client = world.get("client").host.actor_server(&["whoami", "0.0.0.0:7070"]).unwrap();
 
     // By the service, whose target port is another number at each pod, and not in plaintext.
@@ -155,6 +155,8 @@ fn objects_of_an_api_server_are_the_mesh_while_they_change_and_the_server_is_awa
     cluster.start_server(host).unwrap();
     world.agent("n2").wait_ready().unwrap();
     world.delete_pod("two").unwrap();
+    // Captured until nothing runs in it.
+    drop(two);
     wait_until(SOON, "changes are heard again", || {
         let (_, body) = world.agent_ref("n1").page("/readyz").unwrap();
         world.agent_ref("n2").log().contains("removed workload=\"demo/two\"") && body == "ready\n"

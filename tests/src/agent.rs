@@ -1,5 +1,6 @@
 //! The agent as a process on a node.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::net::SocketAddr;
@@ -50,6 +51,8 @@ pub struct Options {
     pub log: String,
     /// Whether the directory lists the nodes, so that agents speak to each other in node scope.
     pub node_scope: bool,
+    /// Other builds of `hauberk` than this one, by who runs them: a node's name, or `authority`.
+    pub builds: BTreeMap<String, String>,
     /// Access policies that the agents read from [`crate::World::policies_file`]; `None` for no file.
     pub policies: Option<String>,
     /// Whether agents and authority read policies from the world's API server.
@@ -64,9 +67,20 @@ impl Default for Options {
             agent_yaml: "drainSeconds: 5\n".into(),
             log: "info,access=warn".into(),
             node_scope: true,
+            builds: BTreeMap::new(),
             policies: None,
             cluster_policies: false,
         }
+    }
+}
+
+impl Options {
+    /// The binary that a node's agent, or the authority, is.
+    ///
+    /// # Errors
+    /// When this build's is not there.
+    pub fn hauberk(&self, of: &str) -> Result<String> {
+        self.builds.get(of).map_or_else(|| bin("hauberk"), |path| Ok(path.clone()))
     }
 }
 
@@ -78,6 +92,7 @@ pub struct Agent {
     host: String,
     dir: PathBuf,
     log: String,
+    hauberk: String,
 }
 
 impl Agent {
@@ -117,6 +132,7 @@ impl Agent {
             host: host.name.clone(),
             dir,
             log: options.log.clone(),
+            hauberk: options.hauberk(node)?,
         })
     }
 
@@ -129,7 +145,7 @@ impl Agent {
         let config = self.config().to_string_lossy().into_owned();
         let place = Place { netns: &self.netns, cgroup: None };
         let args = ["--log", &self.log, "agent", "--config", &config];
-        let mut command = command(&place, &bin("hauberk")?, &args)?;
+        let mut command = command(&place, &self.hauberk, &args)?;
         let log = OpenOptions::new().create(true).append(true).open(self.dir.join("agent.log"))?;
         command.stdout(log.try_clone()?).stderr(log);
         self.process = Some(Process::spawn(command)?);
@@ -256,6 +272,11 @@ impl Agent {
         }
         self.wait_ready()?;
         Ok(old)
+    }
+
+    /// From its next start on it is another build.
+    pub fn replace_build(&mut self, hauberk: &str) {
+        self.hauberk = hauberk.into();
     }
 
     /// Starts it again on the same configuration; does not wait for it.

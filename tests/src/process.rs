@@ -100,10 +100,11 @@ pub fn command<S: AsRef<OsStr>>(place: &Place<'_>, program: &str, args: &[S]) ->
             if nix::unistd::getppid() != maker {
                 return Err(io::ErrorKind::Interrupted.into());
             }
+            // The namespace first: an agent looks at whoever is in a pod's cgroup.
+            setns(&netns, CloneFlags::CLONE_NEWNET)?;
             if let Some(procs) = &procs {
                 nix::unistd::write(procs, b"0")?;
             }
-            setns(&netns, CloneFlags::CLONE_NEWNET)?;
             Ok(())
         });
     }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::agent::{Agent, Mode, Options};
-use crate::host::{Host, bin};
+use crate::host::Host;
 use crate::kubernetes::{self, Kubernetes};
 use crate::process::Process;
 use crate::sweep;
@@ -526,7 +526,9 @@ impl World {
         std::fs::write(dir.join("authority.yaml"), config)?;
         std::fs::write(dir.join("bundle.pem"), self.authority_command(&["bundle"])?)?;
         let file = dir.join("authority.yaml").to_string_lossy().into_owned();
-        let mut command = self.host("n1").command(&bin("hauberk")?, &["authority", "--config", &file])?;
+        let mut command = self
+            .host("n1")
+            .command(&self.options.hauberk("authority")?, &["authority", "--config", &file])?;
         let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("authority.log"))?;
         command.stdout(log.try_clone()?).stderr(log);
         self.authority = Some(Process::spawn(command)?);
@@ -558,8 +560,11 @@ impl World {
     /// When it fails.
     pub fn authority_command(&self, args: &[&str]) -> Result<String> {
         let file = self.dir().join("authority.yaml");
-        let output =
-            Command::new(bin("hauberk")?).args(["authority", "--config"]).arg(file).args(args).output()?;
+        let output = Command::new(self.options.hauberk("authority")?)
+            .args(["authority", "--config"])
+            .arg(file)
+            .args(args)
+            .output()?;
         anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
     }

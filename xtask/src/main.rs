@@ -8,6 +8,7 @@ mod image;
 mod layers;
 mod setup;
 mod shell;
+mod skew;
 mod test;
 mod vm;
 
@@ -37,6 +38,8 @@ enum Verb {
     Fuzz(fuzz::Fuzz),
     /// Run the tests of kernel TLS on Debian's kernels, in an emulated machine (some minutes).
     Vm(vm::Vm),
+    /// Run agents and an authority of another version beside this one's (builds it: some minutes).
+    Skew(skew::Skew),
     /// Measure against the direct path and other proxies, side by side; --report keeps it.
     Bench(bench::Bench),
     /// Make the container image, as an OCI layout in one file, without a container engine.
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Verb::Check => check::run(),
         Verb::Fuzz(fuzz) => fuzz.run(),
         Verb::Vm(vm) => vm.run(),
+        Verb::Skew(skew) => skew.run(),
         Verb::Bench(bench) => bench.run(),
         Verb::Image(image) => image.run(),
         Verb::Clean => {

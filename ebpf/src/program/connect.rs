@@ -9,8 +9,8 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use core::mem::offset_of;
 use ebpf::{
-    Addr, DOWN_OPEN, Gate, HEARTBEAT_STALE_NS, MODE_CLOSED, MODE_PERMISSIVE, Peer, Pod, VERDICT_BYPASSED,
-    VERDICT_CAPTURE_FAILED, VERDICT_CAPTURED, VERDICT_EXCLUDED, VERDICT_HELD,
+    Addr, DOWN_OPEN, Gate, HEARTBEAT_STALE_NS, MEMBER_PROBE, MODE_CLOSED, MODE_PERMISSIVE, Peer, Pod,
+    VERDICT_BYPASSED, VERDICT_CAPTURE_FAILED, VERDICT_CAPTURED, VERDICT_EXCLUDED, VERDICT_HELD,
 };
 
 use crate::ctx::{is_zero, join, mapped, read_ptr, read32, same, split, write32};
@@ -66,14 +66,14 @@ pub(crate) fn hauberk_connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn capture(raw: *mut core::ffi::c_void, wanted: &Addr) -> Result<Option<(Addr, u16)>, i32> {
     // SAFETY: map values are read, never kept.
-    if unsafe { MESH.get(wanted) }.is_none() {
+    let Some(member) = (unsafe { MESH.get(wanted) }).copied() else {
         // Who is in the mesh may not be known yet.
         return match gate::for_all() {
             Some(_) if gate::is_reachable(wanted, port(raw)) => Ok(None),
             Some(gate) => pass(raw, gate, wanted),
             None => Ok(None),
         };
-    }
+    };
     if read32!(raw, offset_of!(Fields, protocol)) != IPPROTO_TCP {
         return Ok(None);
     }
@@ -99,7 +99,8 @@ fn capture(raw: *mut core::ffi::c_void, wanted: &Addr) -> Result<Option<(Addr, u
     let port = port(raw);
     let is_v4 = split(wanted)[0] == 0 && split(wanted)[1] == 0 && split(wanted)[2] == 0xffff_0000;
     let listener = if is_v4 { pod.v4 } else { pod.v6 };
-    if leaves_out(&listener, wanted, port) {
+    // The agent's own tries are captured whatever the pod excludes: they ask whether anything is.
+    if member != MEMBER_PROBE && leaves_out(&listener, wanted, port) {
         count(VERDICT_EXCLUDED);
         return Ok(None);
     }
@@ -112,7 +113,9 @@ fn capture(raw: *mut core::ffi::c_void, wanted: &Addr) -> Result<Option<(Addr, u
         report(VERDICT_CAPTURE_FAILED, &listener, 0, wanted, port);
         return Err(REFUSE);
     }
-    count(VERDICT_CAPTURED);
+    if member != MEMBER_PROBE {
+        count(VERDICT_CAPTURED);
+    }
     Ok(Some((listener, listener_port)))
 }
 
