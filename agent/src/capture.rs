@@ -224,10 +224,8 @@ impl Capture {
     pub fn set_mesh(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<bool, CaptureError> {
         replace(&self.mesh, addresses.chain(verify::PROBES))
             .and_then(|grown| {
-                let probes = verify::PROBES.iter();
-                probes
-                    .map(|to| self.mesh.insert(&addr(*to), &ebpf::MEMBER_PROBE))
-                    .collect::<io::Result<()>>()?;
+                let mut probes = verify::PROBES.iter();
+                probes.try_for_each(|to| self.mesh.insert(&addr(*to), &ebpf::MEMBER_PROBE))?;
                 Ok(grown)
             })
             .map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
