@@ -3,29 +3,45 @@
 //! An agent proves which node it is by a join token, once; after that by its node's SVID. It is
 //! issued its own identity, and identities that the directory places on its node. Everything else is
 //! refused with a reason, logged and counted. So is whoever is revoked; agents are told of revocations
-//! as they are made. Signing itself is `ca`'s.
+//! as they are made. Signing itself is `ca`'s, and so is what may follow in a rotation of the root; the
+//! [`keeper`] has it happen.
 
 pub mod config;
+mod counters;
+mod istio;
+mod keeper;
+mod ledger;
+mod queue;
 mod revocations;
 mod serve;
 mod service;
+pub mod state;
+mod status;
 pub mod wire;
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::{self, Page};
 use crate::ca::store::Store;
 use crate::config::PolicyConfig;
 use crate::directory::source;
-use crate::fleet::status;
+use crate::fleet;
 use crate::policy::{self, Policies};
 pub use config::AuthorityConfig;
-pub use service::Counters;
+use counters::Counters;
+use keeper::{Keeper, Own};
+use ledger::Ledger;
+use queue::Queue;
+use serve::OWN_LIFETIME;
 use service::Service;
+use status::Status;
 
 generated! {
     /// The generated gRPC code of `proto/authority.proto`.
@@ -39,7 +55,7 @@ async fn keep_statuses(config: &AuthorityConfig, policies: &Policies) -> Result<
         return Ok(Box::pin(std::future::pending()));
     };
     let connection = policy::kubernetes::Connection::new(cluster).await?;
-    Ok(Box::pin(status::keep(connection, config.trust_domain.clone(), Arc::clone(standing))))
+    Ok(Box::pin(fleet::status::keep(connection, config.trust_domain.clone(), Arc::clone(standing))))
 }
 
 /// Runs the authority until `stop` is cancelled.
@@ -49,37 +65,75 @@ async fn keep_statuses(config: &AuthorityConfig, policies: &Policies) -> Result<
 pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()> {
     let store = Arc::new(Store::open(&config.state_dir)?);
     let _lock = store.lock()?;
-    let ca = Arc::new(store.ca(&config.trust_domain, SystemTime::now())?);
+    let now = SystemTime::now();
+    let state = state::open(&store, &config, now)?;
     let (policies, following_policies) =
         policy::source::open(config.policy.as_ref(), &config.trust_domain).await?;
     let (directory, following_directory) =
         source::open(&config.directory, &config.trust_domain, None, policies.mesh()).await?;
     let statuses = keep_statuses(&config, &policies).await?;
-    let watching =
-        tokio::spawn(async move { tokio::join!(following_directory, following_policies, statuses) });
     let counters = Arc::new(Counters::new()?);
     let revoked = Arc::new(store.revocations()?);
-    let bundle = watch::Sender::new(Arc::new(ca.bundle().clone().with_revocations(revoked)));
-    let following =
-        tokio::spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
+    let bundle = watch::Sender::new(Arc::new(state.bundle()?.with_revocations(revoked)));
+    let own = watch::Sender::new(Arc::new(Own::new(&state, OWN_LIFETIME, now)?));
+    let ledger = Ledger::new(state, config.svid_lifetime)?;
     let listener = tokio::net::TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {} (listen)", config.listen))?;
-    let admin = tokio::net::TcpListener::bind(config.admin)
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let queue = Queue::start(queue::BOUNDS, threads).context("cannot start threads")?;
+    let status = Arc::new(Status {
+        queue: Arc::clone(&queue),
+        ledger: Arc::clone(&ledger),
+        counters: Arc::clone(&counters),
+        directory: Arc::clone(&directory),
+        policies,
+        bundle: bundle.subscribe(),
+    });
+    // They end with this, however this ends.
+    let mut tasks = JoinSet::new();
+    serve_admin(&config, status, &mut tasks).await?;
+    tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
+    let (trusted, shown) = (bundle.subscribe(), own.subscribe());
+    let keeper = Keeper {
+        store: Arc::clone(&store),
+        ledger: Arc::clone(&ledger),
+        schedule: config.root_rotation,
+        own,
+        bundle: bundle.clone(),
+        counters: Arc::clone(&counters),
+    };
+    tasks.spawn(following_directory);
+    tasks.spawn(following_policies);
+    tasks.spawn(statuses);
+    tasks.spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
+    tasks.spawn(keeper.run());
+    let service = Service {
+        domain: config.trust_domain,
+        ledger,
+        queue,
+        store,
+        directory,
+        lifetime: config.svid_lifetime,
+        counters: Arc::clone(&counters),
+        bundle,
+    };
+    serve::serve(listener, service, shown, trusted, counters, stop).await
+}
+
+/// Metrics and health for everybody; how it stands for whoever may open the socket in the state directory.
+async fn serve_admin(config: &AuthorityConfig, status: Arc<Status>, tasks: &mut JoinSet<()>) -> Result<()> {
+    let tcp = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
-    let (page, known, policies) = (Arc::clone(&counters), Arc::clone(&directory), Arc::clone(&policies));
-    let admin = tokio::spawn(crate::admin::serve(
-        admin,
-        Arc::new(move |path: &str| page.page(path, &known, &policies).map(crate::admin::Page::text)),
-    ));
-    tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the authority serves");
-    let trusted = bundle.subscribe();
-    let service =
-        Service::new(Arc::clone(&ca), store, directory, config.svid_lifetime, Arc::clone(&counters), bundle);
-    let outcome = serve::serve(listener, service, ca, trusted, counters, stop).await;
-    watching.abort();
-    following.abort();
-    admin.abort();
-    outcome
+    let socket = config.socket();
+    let unix = admin::bind_unix(&socket).with_context(|| format!("cannot make {}", socket.display()))?;
+    let public = Arc::clone(&status);
+    let private = move |path: &str| match path {
+        "/v1/status" => Some(Page::json(&status.now(SystemTime::now()))),
+        _ => None,
+    };
+    tasks.spawn(admin::serve(tcp, Arc::new(move |path: &str| public.page(path).map(Page::text))));
+    tasks.spawn(admin::serve_unix(unix, Arc::new(private)));
+    Ok(())
 }

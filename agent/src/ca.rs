@@ -3,6 +3,10 @@
 //! It never listens, dials, reads a clock it was not given, or copies a field from a CSR other than
 //! the public key: who gets which identity is decided before, by whoever calls.
 
+mod csr;
+pub mod issuer;
+pub mod rotation;
+pub mod state;
 pub mod store;
 
 use std::time::{Duration, SystemTime};
@@ -10,13 +14,16 @@ use std::time::{Duration, SystemTime};
 use aws_lc_rs::rand;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
-use x509_parser::prelude::{FromDer, X509Certificate, X509CertificationRequest};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+pub use csr::{CsrError, MAX_CSR_BYTES, ProvenKey};
 
 use crate::identity::bundle::{BundleError, TrustBundle};
+use crate::identity::svid::validity;
 use crate::identity::{SpiffeId, TrustDomain};
 
 /// Certificates begin this much before they are issued, so that a node whose clock is a little
@@ -27,18 +34,13 @@ const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// The subject attribute that names the node an SVID is issued to: `host` (RFC 4524, section 2.12).
 /// With it a node can be revoked with everything it holds.
 const HOST: &[u64] = &[0, 9, 2342, 19_200_300, 100, 1, 9];
-/// A CSR with a P-384 key is a tenth of this.
-pub const MAX_CSR_BYTES: usize = 8 * 1024;
 
 /// Why nothing was signed.
 #[derive(Debug, thiserror::Error)]
 pub enum CaError {
-    /// The CSR is not PKCS#10, or not signed by its own key.
-    #[error("the CSR is not usable: {0}")]
-    Csr(String),
-    /// A kind of key that is not accepted.
-    #[error("the CSR's key is of a kind that is not accepted; use P-256, P-384 or Ed25519")]
-    KeyKind,
+    /// The CSR.
+    #[error(transparent)]
+    Csr(#[from] CsrError),
     /// The root or its key cannot be used.
     #[error("the CA's certificate or key cannot be used: {0}")]
     Material(String),
@@ -50,41 +52,14 @@ pub enum CaError {
         /// What this authority speaks for.
         domain: TrustDomain,
     },
-    /// The root itself has expired, or is about to.
-    #[error("the CA's own certificate does not outlive what was asked for")]
+    /// The root or an intermediate has expired, or is about to.
+    #[error(
+        "the CA's own certificate does not outlive what was asked for; make a new root with `hauberk authority rotate-root`"
+    )]
     Expired,
     /// The root is no usable trust anchor.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-}
-
-/// A public key whose owner has proven to hold the private one.
-#[derive(Debug)]
-pub struct ProvenKey(SubjectPublicKeyInfo);
-
-impl ProvenKey {
-    /// Takes the public key out of a DER PKCS#10 request (RFC 2986), after verifying its signature.
-    ///
-    /// # Errors
-    /// When it is too large, malformed, not signed by its own key, or of another kind of key.
-    pub fn from_csr(der: &[u8]) -> Result<Self, CaError> {
-        if der.len() > MAX_CSR_BYTES {
-            return Err(CaError::Csr("it is too large".into()));
-        }
-        let (rest, csr) = X509CertificationRequest::from_der(der).map_err(|e| CaError::Csr(e.to_string()))?;
-        if !rest.is_empty() {
-            return Err(CaError::Csr("bytes follow it".into()));
-        }
-        let key = SubjectPublicKeyInfo::from_der(csr.certification_request_info.subject_pki.raw)
-            .map_err(|e| CaError::Csr(e.to_string()))?;
-        let accepted = [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
-        if !accepted.contains(&key.algorithm()) {
-            return Err(CaError::KeyKind);
-        }
-        // The dear part last.
-        csr.verify_signature().map_err(|_| CaError::Csr("it is not signed by its own key".into()))?;
-        Ok(Self(key))
-    }
 }
 
 /// A certificate authority for one trust domain.
@@ -92,18 +67,37 @@ impl ProvenKey {
 pub struct Ca {
     domain: TrustDomain,
     issuer: Issuer<'static, KeyPair>,
+    /// What stands between an SVID and the root: sent with each.
+    above: Vec<CertificateDer<'static>>,
     bundle: TrustBundle,
     not_after: SystemTime,
 }
 
 /// A new root, as it is stored: certificate and key in one PEM text, so that they cannot part.
 pub fn create_root(domain: &TrustDomain, now: SystemTime) -> Result<String, CaError> {
+    Ok(create_successor(domain, None, now)?.0)
+}
+
+/// A new root as [`create_root`] makes it, and its certificate (PEM) signed by the root before it: whoever
+/// knows only that one can verify what the new one signs, if it is given this too.
+///
+/// # Errors
+/// When there is no randomness, or `before` cannot sign.
+pub fn create_successor(
+    domain: &TrustDomain,
+    before: Option<&Ca>,
+    now: SystemTime,
+) -> Result<(String, Option<String>), CaError> {
     let material = |e: rcgen::Error| CaError::Material(e.to_string());
     let key = KeyPair::generate().map_err(material)?;
     let mut params = CertificateParams::default();
+    let serial = serial()?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "Hauberk");
-    params.distinguished_name.push(DnType::CommonName, format!("{domain} root"));
+    // One that comes beside another has a name of its own, so that nobody takes one for the other.
+    let mark: String = serial.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let mark = if before.is_some() { format!(" {mark}") } else { String::new() };
+    params.distinguished_name.push(DnType::CommonName, format!("{domain} root{mark}"));
     // X509-SVID, section 4: a signing certificate may carry the trust domain's own ID.
     let uri = format!("spiffe://{domain}").try_into().map_err(material)?;
     params.subject_alt_names = vec![SanType::URI(uri)];
@@ -111,9 +105,17 @@ pub fn create_root(domain: &TrustDomain, now: SystemTime) -> Result<String, CaEr
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.not_before = (now - BACKDATED).into();
     params.not_after = (now + ROOT_LIFETIME).into();
-    params.serial_number = Some(serial()?);
+    params.serial_number = Some(serial);
     let certificate = params.self_signed(&key).map_err(material)?;
-    Ok(format!("{}{}", certificate.pem(), key.serialize_pem()))
+    let cross = before.map(|before| {
+        // Later roots stand below this one where it is not trusted itself.
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_after = (now + ROOT_LIFETIME).min(before.not_after).into();
+        params.use_authority_key_identifier_extension = true;
+        params.serial_number = Some(self::serial()?);
+        params.signed_by(&key, &before.issuer).map(|cross| cross.pem()).map_err(material)
+    });
+    Ok((format!("{}{}", certificate.pem(), key.serialize_pem()), cross.transpose()?))
 }
 
 impl Ca {
@@ -122,19 +124,42 @@ impl Ca {
     /// # Errors
     /// When certificate or key are missing, malformed, or do not belong together.
     pub fn from_pem(domain: TrustDomain, pem: &str) -> Result<Self, CaError> {
+        let root = CertificateDer::from_pem_slice(pem.as_bytes());
+        let root = root.map_err(|e| CaError::Material(e.to_string()))?;
+        Self::new(domain, root, Vec::new(), pem)
+    }
+
+    /// One whose key belongs to the first of `chain`, which leads to `root`; to `root` itself if there is none.
+    /// The key is the first private key in `key_pem`.
+    ///
+    /// # Errors
+    /// When any part is malformed, or certificate and key do not belong together.
+    pub fn new(
+        domain: TrustDomain,
+        root: CertificateDer<'static>,
+        chain: Vec<CertificateDer<'static>>,
+        key_pem: &str,
+    ) -> Result<Self, CaError> {
         let material = |e: String| CaError::Material(e);
-        let root = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| material(e.to_string()))?;
-        let key = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|e| material(e.to_string()))?;
+        let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|e| material(e.to_string()))?;
         let key = KeyPair::try_from(&key).map_err(|e| material(e.to_string()))?;
-        let (_, parsed) = X509Certificate::from_der(&root).map_err(|e| material(e.to_string()))?;
+        let signing = chain.first().unwrap_or(&root);
+        let (_, parsed) = X509Certificate::from_der(signing).map_err(|e| material(e.to_string()))?;
         if parsed.public_key().raw != key.subject_public_key_info() {
             return Err(material("the key does not belong to the certificate".into()));
         }
-        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
-        let not_after = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut not_after = ends(&root)?;
+        for certificate in &chain {
+            not_after = not_after.min(ends(certificate)?);
+        }
         let bundle = TrustBundle::new(domain.clone(), vec![root.clone()])?;
-        let issuer = Issuer::from_ca_cert_der(&root, key).map_err(|e| material(e.to_string()))?;
-        Ok(Self { domain, issuer, bundle, not_after })
+        let issuer = Issuer::from_ca_cert_der(signing, key).map_err(|e| material(e.to_string()))?;
+        Ok(Self { domain, issuer, above: chain, bundle, not_after })
+    }
+
+    /// Until when what it signs can be valid.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
     }
 
     /// The trust bundle that verifies what this authority signs.
@@ -197,9 +222,15 @@ impl Ca {
         params.not_before = (now - BACKDATED).into();
         params.not_after = not_after.into();
         params.serial_number = Some(serial()?);
-        let leaf = params.signed_by(&key.0, &self.issuer).map_err(material)?;
-        Ok(vec![leaf.der().clone()])
+        let leaf = params.signed_by(key.public(), &self.issuer).map_err(material)?;
+        Ok([leaf.der().clone()].into_iter().chain(self.above.iter().cloned()).collect())
     }
+}
+
+/// When a certificate ends.
+fn ends(der: &CertificateDer<'_>) -> Result<SystemTime, CaError> {
+    let (_, until) = validity(der).map_err(|e| CaError::Material(e.to_string()))?;
+    Ok(until)
 }
 
 /// 127 random bits: positive, and never twice (RFC 5280, section 4.1.2.2).
@@ -266,14 +297,6 @@ mod tests {
     }
 
     #[test]
-    fn a_tampered_csr_is_refused() {
-        let mut der = csr(CertificateParams::default());
-        let last = der.len() - 1;
-        der[last] ^= 1;
-        assert!(matches!(ProvenKey::from_csr(&der), Err(CaError::Csr(_))));
-    }
-
-    #[test]
     fn serials_differ_for_the_same_key_and_validity_is_bounded() {
         let now = SystemTime::now();
         let ca = ca(now);
@@ -302,12 +325,5 @@ mod tests {
         let key_at = other.find("-----BEGIN PRIVATE KEY").unwrap();
         let mixed = format!("{}{}", &one[..split], &other[key_at..]);
         assert!(matches!(Ca::from_pem(domain(), &mixed), Err(CaError::Material(_))));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_bytes_make_the_csr_reader_panic(bytes: Vec<u8>) {
-            let _ = ProvenKey::from_csr(&bytes);
-        }
     }
 }

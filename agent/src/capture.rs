@@ -7,27 +7,32 @@
 mod diag;
 mod events;
 mod exclusions;
+mod gate;
+mod kubelet;
 mod listener;
 pub mod mount;
 mod pods;
+mod probe;
 mod programs;
 mod sys;
+mod verify;
 
 use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{MapData, PerCpuArray};
-use ebpf::{Addr, Captured, Delivery, OriginalDst, TrueSource, VERDICT_COUNT};
+use ebpf::{Addr, Captured, Cgroup, Delivery, Event, OriginalDst, TrueSource, VERDICT_COUNT};
 
-pub use events::Events;
+pub use events::Records;
+pub use gate::Judgement;
 pub use listener::Listeners;
 
-use crate::config::CaptureConfig;
-use pods::Pods;
+use crate::config::{CaptureConfig, DirectoryConfig, Reachable};
+use gate::Gate;
 use programs::Programs;
 use sys::Table;
 
@@ -93,14 +98,39 @@ pub enum CaptureError {
 
 /// The kernel side, in use.
 pub struct Capture {
-    programs: Programs,
-    pods: Pods,
+    /// Behind a lock, as programs are attached again when something has removed them.
+    programs: Mutex<Programs>,
+    pods: pods::Pods,
     mesh: Table<Addr, u32>,
     original_dst: Table<Captured, OriginalDst>,
     true_source: Table<Delivery, TrueSource>,
     verdicts: PerCpuArray<MapData, u64>,
     heartbeat: Table<u32, u64>,
-    events: Mutex<Option<Events>>,
+    events: Mutex<Option<Records<Event>>>,
+    news: Mutex<Option<Records<Cgroup>>>,
+    gate: Gate,
+    bpffs: PathBuf,
+    cgroup: PathBuf,
+    by_cgroup: bool,
+}
+
+/// How pods are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pods {
+    /// By the network namespaces that the directory names: others are left alone.
+    Named,
+    /// By their cgroups, which the kubelet names after them: one that nobody has judged is held back.
+    ByCgroup,
+}
+
+impl Pods {
+    /// As a source of the directory tells them.
+    pub fn told_by(directory: &DirectoryConfig) -> Self {
+        match directory {
+            DirectoryConfig::File(_) => Self::Named,
+            DirectoryConfig::Kubernetes(_) => Self::ByCgroup,
+        }
+    }
 }
 
 impl fmt::Debug for Capture {
@@ -115,30 +145,75 @@ impl Capture {
     ///
     /// # Errors
     /// One line that says what is missing and how to mend it.
-    pub fn start(config: &CaptureConfig, tunnel_port: u16, exempt: &[IpAddr]) -> Result<Self, CaptureError> {
-        let dir = pin_dir(config);
-        mount::ensure_bpffs(&config.bpffs)
-            .and_then(|()| std::fs::create_dir_all(&dir))
-            .map_err(|source| CaptureError::Bpffs { path: dir.clone(), source })?;
-        let mut programs = Programs::load(&dir)?;
-        programs.attach_cgroup(&config.cgroup)?;
+    pub fn start(
+        config: &CaptureConfig,
+        tunnel_port: u16,
+        exempt: &[IpAddr],
+        pods: Pods,
+    ) -> Result<Self, CaptureError> {
+        let (dir, mut programs, gate) = Self::load(config)?;
+        let by_cgroup = pods == Pods::ByCgroup;
+        gate.take_up(by_cgroup).map_err(|source| CaptureError::Table { what: "take up the gate", source })?;
+        programs.attach_cgroup(&config.cgroup, by_cgroup)?;
+        let news = by_cgroup.then(|| news(&mut programs)).transpose().unwrap_or_else(|error| {
+            tracing::warn!(%error, "no word of new cgroups: pods are looked for once a second instead");
+            None
+        });
         let table = |what| move |source| CaptureError::Table { what, source };
         let exempted: Table<Addr, u32> =
             Table::open(&dir.join("EXEMPT")).map_err(table("open the table of exempt probes"))?;
         replace(&exempted, exempt.iter().copied()).map_err(table("fill the table of exempt probes"))?;
-        let events = Events::new(programs.events()?).map_err(table("watch the ring buffer"))?;
+        let events = Records::new(programs.ring("EVENTS")?).map_err(table("watch the ring buffer"))?;
         Ok(Self {
             mesh: Table::open(&dir.join("MESH")).map_err(table("open the table of mesh members"))?,
             original_dst: Table::open(&dir.join("ORIGINAL_DST"))
                 .map_err(table("open the table of original destinations"))?,
             true_source: Table::open(&dir.join("TRUE_SOURCE"))
                 .map_err(table("open the table of true sources"))?,
-            pods: Pods::open(&dir, config, tunnel_port).map_err(table("open the tables of pods"))?,
+            pods: pods::Pods::open(&dir, config, tunnel_port).map_err(table("open the tables of pods"))?,
             verdicts: programs.verdicts()?,
             heartbeat: Table::open(&dir.join("HEARTBEAT")).map_err(table("open the heartbeat"))?,
             events: Mutex::new(Some(events)),
-            programs,
+            news: Mutex::new(news),
+            gate,
+            bpffs: config.bpffs.clone(),
+            cgroup: config.cgroup.clone(),
+            by_cgroup,
+            programs: Mutex::new(programs),
         })
+    }
+
+    /// Loads the programs on what is pinned.
+    fn load(config: &CaptureConfig) -> Result<(PathBuf, Programs, Gate), CaptureError> {
+        let dir = pin_dir(config);
+        mount::ensure_bpffs(&config.bpffs)
+            .and_then(|()| std::fs::create_dir_all(&dir))
+            .map_err(|source| CaptureError::Bpffs { path: dir.clone(), source })?;
+        let programs = Programs::load(&dir)?;
+        let gate =
+            Gate::open(&dir).map_err(|source| CaptureError::Table { what: "open the gate", source })?;
+        Ok((dir, programs, gate))
+    }
+
+    /// Shuts the gate before the node's first pod starts, and before its agent does: pins what holds
+    /// pods back that nobody has judged. Nothing stays running. Makes the pods' cgroup if need be.
+    ///
+    /// # Errors
+    /// As [`Capture::start`].
+    pub fn guard(config: &CaptureConfig, reachable: &[Reachable]) -> Result<(), CaptureError> {
+        let (_, mut programs, gate) = Self::load(config)?;
+        let path = mount::cgroup_dir(&config.cgroup)
+            .and_then(|path| std::fs::create_dir_all(&path).map(|()| path))
+            .map_err(|source| CaptureError::Cgroup { path: config.cgroup.clone(), source })?;
+        let table = |source| CaptureError::Table { what: "shut the gate", source };
+        gate.set_reachable(reachable).map_err(table)?;
+        gate.shut().map_err(table)?;
+        programs.attach_cgroup(&path, true)
+    }
+
+    fn programs(&self) -> MutexGuard<'_, Programs> {
+        // Whole at every instant: what was attached stays pinned.
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the set of captured destinations equal to `addresses`, adding before it removes; says
@@ -147,7 +222,7 @@ impl Capture {
     /// # Errors
     /// When the table is full or cannot be written.
     pub fn set_mesh(&self, addresses: impl Iterator<Item = IpAddr>) -> Result<bool, CaptureError> {
-        replace(&self.mesh, addresses)
+        replace(&self.mesh, addresses.chain(verify::PROBES))
             .map_err(|source| CaptureError::Table { what: "tell the kernel who is in the mesh", source })
     }
 
@@ -172,6 +247,11 @@ impl Capture {
         let key = Captured { pod: addr(peer.ip()), source_port: peer.port(), listener_port };
         let row = self.original_dst.take(&key).ok()??;
         Some(SocketAddr::new(ip(row.addr), row.port))
+    }
+
+    /// Whether a captured connection is one of our own that tries the capture: it is answered, and carried nowhere.
+    pub fn is_probe(&self, original_dst: SocketAddr) -> bool {
+        verify::PROBES.contains(&original_dst.ip())
     }
 
     /// Says who is behind the connection that is about to be made inside a pod.
@@ -216,8 +296,13 @@ impl Capture {
     }
 
     /// The kernel side's events; the second caller gets none.
-    pub fn events(&self) -> Option<Events> {
+    pub fn events(&self) -> Option<Records<Event>> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Cgroups as they are made or entered, if the kernel tells; the second caller gets none.
+    pub fn news(&self) -> Option<Records<Cgroup>> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Removes everything that is pinned: nothing is captured, and nothing refused, any more.
@@ -225,23 +310,55 @@ impl Capture {
     /// # Errors
     /// When something cannot be removed.
     pub fn uninstall(config: &CaptureConfig) -> Result<(), CaptureError> {
-        let dir = pin_dir(config);
-        let remove = || -> io::Result<()> {
-            if dir.exists() {
-                for entry in std::fs::read_dir(&dir)? {
-                    std::fs::remove_file(entry?.path())?;
-                }
-                std::fs::remove_dir(&dir)?;
+        let remove = || {
+            if let Ok(pods) = mount::cgroup_dir(&config.cgroup) {
+                // Made by an agent that verified its pods.
+                let _ = std::fs::remove_dir(pods.join(probe::CGROUP));
             }
+            remove_pins(&config.bpffs, |_| true)?;
             mount::remove_bpffs(&config.bpffs)
         };
-        remove().map_err(|source| CaptureError::Bpffs { path: dir.clone(), source })
+        remove().map_err(|source| CaptureError::Bpffs { path: config.bpffs.clone(), source })
     }
+
+    /// Removes what agents of another version have pinned; this one's is in place.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn remove_other_versions(&self) -> Result<(), CaptureError> {
+        remove_pins(&self.bpffs, |version| version != ebpf::VERSION)
+            .map_err(|source| CaptureError::Bpffs { path: self.bpffs.clone(), source })
+    }
+}
+
+fn news(programs: &mut Programs) -> Result<Records<Cgroup>, CaptureError> {
+    let records = Records::new(programs.ring("CGROUPS")?);
+    let records = records.map_err(|source| CaptureError::Table { what: "watch the ring buffer", source })?;
+    programs.watch_cgroups()?;
+    Ok(records)
 }
 
 /// What is pinned carries the contract's version in its path, so two versions never meet.
 fn pin_dir(config: &CaptureConfig) -> PathBuf {
     Path::new(&config.bpffs).join(ebpf::VERSION)
+}
+
+/// Removes the pins of some versions.
+fn remove_pins(bpffs: &Path, of: impl Fn(&str) -> bool) -> io::Result<()> {
+    if !bpffs.exists() {
+        return Ok(());
+    }
+    for version in std::fs::read_dir(bpffs)? {
+        let version = version?;
+        let name = version.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with('v') && of(name)) {
+            for pin in std::fs::read_dir(version.path())? {
+                std::fs::remove_file(pin?.path())?;
+            }
+            std::fs::remove_dir(version.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// An address as the kernel side's rows have it.

@@ -7,6 +7,7 @@ mod capacity;
 mod check;
 mod policy;
 mod revocation;
+mod rotation;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -38,6 +39,8 @@ enum Command {
     Agent(agent::Agent),
     /// Run the authority, or make what an agent needs to join it.
     Authority(authority::Authority),
+    /// Hold this node's pods back until its agent knows the mesh: run it at boot, before the kubelet.
+    Guard(agent::Guard),
     /// Remove everything an agent has pinned in the kernel: nothing is captured or refused any more.
     Uninstall(agent::Uninstall),
     /// Check whether this machine and this configuration can run an agent.
@@ -71,6 +74,7 @@ pub fn run(give_back: fn()) -> ExitCode {
         match cli.command {
             Command::Agent(agent) => agent.run(give_back),
             Command::Authority(authority) => authority.run(),
+            Command::Guard(guard) => guard.run(),
             Command::Uninstall(uninstall) => uninstall.run(),
             Command::Check(check) => return check.run(),
             Command::Capacity(capacity) => capacity.run(),

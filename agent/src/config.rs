@@ -134,8 +134,8 @@ pub struct AgentConfig {
     /// Where /metrics, /healthz and /readyz are served. The environment's `HAUBERK_ADMIN` comes before it.
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
-    /// Data-path threads. Default: one per core, at most 8; each has its own listeners and pool, so
-    /// more threads mean more node-to-node connections.
+    /// Data-path threads. Default: one per core, at most 8; each has its own listeners and pool;
+    /// between busy nodes more threads mean more connections.
     pub workers: Option<usize>,
     /// How long a graceful stop waits for open connections. Default 30 s: Kubernetes' own patience.
     #[serde(default = "default_drain", rename = "drainSeconds", deserialize_with = "seconds")]
@@ -251,6 +251,9 @@ pub struct CaptureConfig {
     pub permissive_when_down: WhenDown,
     /// Whether a pod may be enrolled without the egress guard (which needs Linux 6.6).
     pub egress_guard: Guard,
+    /// Where pods may connect to after `hauberk guard`, until an agent knows the mesh: besides the API
+    /// server that the directory is read from, and DNS.
+    pub reachable: Vec<Reachable>,
 }
 
 impl Default for CaptureConfig {
@@ -261,7 +264,35 @@ impl Default for CaptureConfig {
             ports: vec![15001, 15002],
             permissive_when_down: WhenDown::Open,
             egress_guard: Guard::Require,
+            reachable: Vec::new(),
         }
+    }
+}
+
+/// `address:port`, an address with every port, or `:port` at every address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Reachable {
+    /// The address; every one if none is given.
+    pub address: Option<IpAddr>,
+    /// The port; every one if none is given.
+    pub port: Option<u16>,
+}
+
+impl TryFrom<String> for Reachable {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
+        let whole = text.parse::<SocketAddr>().ok().filter(|address| address.port() != 0);
+        let parsed = match (whole, text.strip_prefix(':')) {
+            (Some(address), _) => Some((Some(address.ip().to_canonical()), Some(address.port()))),
+            (None, Some(rest)) => port(rest).map(|port| (None, Some(port))),
+            (None, None) => text.parse::<IpAddr>().ok().map(|ip| (Some(ip.to_canonical()), None)),
+        };
+        let (address, port) =
+            parsed.ok_or_else(|| format!("{text:?} must be ADDRESS:PORT, ADDRESS or :PORT"))?;
+        Ok(Self { address, port })
     }
 }
 
@@ -339,8 +370,11 @@ impl Default for TunnelConfig {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ProbesConfig {
-    /// The node's own kubelet addresses.
+    /// Addresses of probes that are not the kubelet's own.
     pub exempt: Vec<IpAddr>,
+    /// The kubelet's cgroup (v2), by whose sockets its probes are known. Default, with a directory from
+    /// Kubernetes: that of the node's process of this name.
+    pub kubelet_cgroup: Option<PathBuf>,
 }
 
 impl AgentConfig {
@@ -458,6 +492,20 @@ mod tests {
 
     fn parse(text: &str) -> Result<DirectoryConfig, String> {
         serde_yaml::from_str::<Holder>(text).map(|it| it.directory).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn what_is_reachable_is_an_address_a_port_or_both() {
+        let parse = |text: &str| Reachable::try_from(text.to_owned());
+        let ip = |text: &str| Some(text.parse().unwrap());
+        let of = |address, port| Ok(Reachable { address, port });
+        assert_eq!(parse("10.96.0.1:443"), of(ip("10.96.0.1"), Some(443)));
+        assert_eq!(parse("[fd00::1]:443"), of(ip("fd00::1"), Some(443)));
+        assert_eq!(parse(":15012"), of(None, Some(15012)));
+        assert_eq!(parse("fd00::1"), of(ip("fd00::1"), None));
+        for bad in ["", ":", ":0", "10.0.0.1:0", "api.example:443", ":99999"] {
+            parse(bad).expect_err(bad);
+        }
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub struct Workload {
     pub id: SpiffeId,
     /// The node it runs on.
     pub node: String,
-    /// Its own addresses, IPv4 and IPv6; never empty.
+    /// Its own addresses, IPv4 and IPv6; none while a new pod's are not told yet.
     pub addresses: Vec<IpAddr>,
     /// How its plaintext is treated.
     pub mode: Mode,
@@ -216,9 +216,14 @@ impl Directory {
         self.by_node.values().flatten()
     }
 
+    /// The workloads that run on a node, in the mesh or not.
+    pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
+        self.by_node.get(node).into_iter().flatten()
+    }
+
     /// The workloads that run on a node and are in the mesh.
     pub fn enrolled_on(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
-        self.by_node.get(node).into_iter().flatten().filter(|w| w.mode != Mode::Off)
+        self.on_node(node).filter(|w| w.mode != Mode::Off)
     }
 
     /// The workload that has an address.

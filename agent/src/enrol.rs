@@ -1,48 +1,64 @@
 //! Makes the enrolled pods of this node equal to what the directory says, again and again.
 //!
 //! A pod that cannot be enrolled is retried, and keeps its reason until it can; the others are
-//! served meanwhile. Runs on a thread of its own, as it enters the pods' network namespaces.
+//! served meanwhile. A pod of a cluster is enrolled as soon as its sandbox has a process, before its
+//! containers start, and whatever nobody has judged yet is held back by the kernel. Runs on a thread of
+//! its own, as it enters the pods' network namespaces.
 
-use std::cell::LazyCell;
-use std::collections::{BTreeMap, HashSet};
-use std::io;
-use std::net::SocketAddr;
+mod front;
+mod pace;
+mod place;
+mod status;
+mod succession;
+mod verify;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt::Display;
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
-use crate::capture::{Capture, CaptureError, Listeners, mount};
-use crate::config::{AgentConfig, CaptureConfig};
+use crate::capture::{self, Capture, CaptureError, Judgement, Listeners};
+use crate::config::AgentConfig;
 use crate::deliver::Deliver;
 use crate::directory::{Directory, Mode, NetnsAt, Workload};
-use crate::inbound::Node;
+use crate::handover::Inherited;
 use crate::netns::Netns;
-use crate::netns::pods::PodCgroups;
+use front::OwnFront;
+pub use pace::{LOOK_EVERY, Pace};
+use place::{Cgroups, cgroups, is_inhabited, netns_path, still_fits};
+pub use status::{Standing, Status};
+use succession::handles;
+pub use verify::VERIFY_EVERY;
+
 use crate::pod::{Pod, Pods};
 use crate::shard::Thread;
 use crate::warm::Recent;
 
-/// How often pods are looked at without a change in the directory: a namespace may have been made
-/// late or anew, and what failed may work now.
-pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Of a workload: `namespace/name`.
+type FullName = String;
 
-/// `namespace/name`.
-type Name = String;
+/// Why a workload is not enrolled.
+#[derive(Debug)]
+enum Not {
+    /// There is nothing to enrol yet.
+    Yet(String),
+    /// It should be possible, and is not.
+    Able(String),
+}
 
-/// How each local workload stands: `Ok` when enrolled, else the reason why not.
-#[derive(Debug, Default)]
-pub struct Status(Mutex<BTreeMap<Name, Result<(), String>>>);
-
-impl Status {
-    /// The state as of now, by `namespace/name`.
-    pub fn now(&self) -> BTreeMap<Name, Result<(), String>> {
-        self.lock().clone()
+impl From<Not> for Standing {
+    fn from(why: Not) -> Self {
+        match why {
+            Not::Yet(reason) => Self::Waiting(reason),
+            Not::Able(reason) => Self::Failed(reason),
+        }
     }
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Name, Result<(), String>>> {
-        // Entries are whole at every instant.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// It cannot be done, for any error's reason.
+fn unable(error: impl Display) -> Not {
+    Not::Able(error.to_string())
 }
 
 struct Enrolled {
@@ -51,6 +67,10 @@ struct Enrolled {
     netns: Arc<Netns>,
     /// What named the namespace.
     path: PathBuf,
+    /// What could not be verified of its capture.
+    fault: Option<String>,
+    /// Its listeners, for a successor.
+    listeners: Vec<TcpListener>,
 }
 
 /// Enrols and removes pods.
@@ -61,10 +81,22 @@ pub struct Enroller {
     pods: Arc<Pods>,
     threads: Vec<Thread>,
     /// Where other agents reach this one for all its pods, once that is listened at.
-    front: Option<(SocketAddr, Arc<Node>)>,
-    enrolled: BTreeMap<Name, Enrolled>,
+    front: Option<OwnFront>,
+    enrolled: BTreeMap<FullName, Enrolled>,
+    /// Deleted, but something still runs in them: captured until nothing does.
+    leaving: Vec<(FullName, Enrolled)>,
+    /// What a predecessor has passed on, and is not in use yet.
+    inherited: Inherited,
+    /// Enrolled, and nobody accepts for them yet.
+    unserved: Vec<(Arc<Pod>, Vec<Listeners>)>,
+    /// The cookie of the network namespace we are in.
+    own_netns: Option<u64>,
+    /// A successor serves the pods: what is in the kernel is its own.
+    is_retired: bool,
     status: Arc<Status>,
     adopted: bool,
+    /// Why the kubelet's probes are not known, if they are not.
+    kubelet: Option<String>,
     warmed: bool,
     /// The directory that the kernel side's table of members was last made from.
     meshed: Option<Arc<Directory>>,
@@ -85,8 +117,14 @@ impl Enroller {
             threads,
             front: None,
             enrolled: BTreeMap::new(),
+            leaving: Vec::new(),
+            inherited: Inherited::default(),
+            unserved: Vec::new(),
+            own_netns: Netns::open(Path::new("/proc/self/ns/net")).ok().map(|own| own.cookie()),
+            is_retired: false,
             status: Arc::default(),
             adopted: false,
+            kubelet: None,
             warmed: false,
             meshed: None,
         }
@@ -102,8 +140,16 @@ impl Enroller {
         self.threads
     }
 
+    /// Whether a pod waits for its sandbox.
+    pub fn somebody_waits(&self) -> bool {
+        self.status.any(|standing| matches!(standing, Standing::Waiting(_)))
+    }
+
     /// Enrols what is wanted and missing, removes what is there and unwanted.
     pub fn apply(&mut self, directory: &Arc<Directory>) {
+        if self.is_retired {
+            return self.let_go(directory);
+        }
         // First the destinations: a pod must never be served with a mesh that lacks a member.
         let grown = match self.set_mesh(directory) {
             Ok(grown) => grown,
@@ -112,12 +158,17 @@ impl Enroller {
                 return;
             }
         };
-        self.serve_node(directory);
+        // Whoever takes over serves nobody before it knows everybody: a connection that it accepts may be to
+        // any of the pods, and until then the predecessor serves them all.
+        let takes_over = !self.inherited.is_empty();
+        if !takes_over {
+            self.serve_node(directory);
+        }
         let node = self.config.node.clone();
-        let wanted: BTreeMap<Name, &Arc<Workload>> =
+        let wanted: BTreeMap<FullName, &Arc<Workload>> =
             directory.enrolled_on(&node).map(|workload| (workload.full_name(), workload)).collect();
         let cgroups = cgroups(&self.config.capture);
-        let stale: Vec<Name> = self
+        let stale: Vec<FullName> = self
             .enrolled
             .iter_mut()
             .filter_map(|(name, now)| {
@@ -126,16 +177,27 @@ impl Enroller {
             })
             .collect();
         for name in stale {
-            self.remove(&name);
+            self.dismiss(name, directory, &cgroups);
         }
+        self.see_off(&cgroups);
         for (name, workload) in &wanted {
             let outcome = self.ensure(name, workload, &cgroups);
             self.note(name, outcome);
+            if !takes_over {
+                self.serve();
+            }
         }
-        self.status.lock().retain(|name, _| wanted.contains_key(name));
+        self.serve();
+        if takes_over {
+            self.serve_node(directory);
+        }
+        self.status.retain(|name| wanted.contains_key(name));
+        self.judge(directory, &cgroups);
         if grown {
             self.end_plaintext_with_new_members();
         }
+        // A predecessor's that nobody wants.
+        self.inherited = Inherited::default();
         self.adopt();
         self.warm();
     }
@@ -146,36 +208,9 @@ impl Enroller {
         if most == 0 || !self.config.issuer().issues_nodes() || std::mem::replace(&mut self.warmed, true) {
             return;
         }
-        // One of the threads makes the first connection to each, which the others resume.
+        // One of the threads makes a connection to each, which serves the others while they need no more.
         if let Some(thread) = self.threads.first() {
             thread.warm(Recent::take_up(&self.config.runtime_dir, most));
-        }
-    }
-
-    /// Listens at the node's address for other agents, as long as the directory lists it.
-    fn serve_node(&mut self, directory: &Directory) {
-        let node = directory.node(&self.config.node).filter(|_| self.config.issuer().issues_nodes());
-        let wanted = node.map(|node| SocketAddr::new(node.address, self.config.tunnel.port));
-        if wanted == self.front.as_ref().map(|(address, _)| *address) {
-            return;
-        }
-        if let Some((_, front)) = self.front.take() {
-            front.gone.cancel();
-        }
-        let Some((node, address)) = node.zip(wanted) else { return };
-        let listeners: io::Result<Vec<_>> = self.threads.iter().map(|_| Listeners::at(address)).collect();
-        match listeners {
-            Ok(listeners) => {
-                let front = Node::new(node.id.clone());
-                for (thread, listener) in self.threads.iter().zip(listeners) {
-                    thread.serve_node(Arc::clone(&front), listener);
-                }
-                tracing::info!(%address, "listening for other nodes' agents");
-                self.front = Some((address, front));
-            }
-            Err(error) => {
-                tracing::error!(%address, %error, "cannot listen for other nodes' agents; they reach the pods one by one; trying again every second");
-            }
         }
     }
 
@@ -209,58 +244,125 @@ impl Enroller {
     /// After the first round, what is pinned and was not enrolled again belongs to pods that are gone.
     fn adopt(&mut self) {
         // A pod that failed may be one of them: what is pinned keeps it closed, so it stays.
-        let failed = self.status.lock().values().any(Result::is_err);
+        let failed = self.status.any(|standing| standing.fault().is_some());
         if self.adopted || failed {
             return;
         }
-        let keep: HashSet<u64> = self.enrolled.values().map(|e| e.netns.cookie()).collect();
-        match self.capture.retain(&keep) {
+        let leaving = self.leaving.iter().map(|(_, leaving)| leaving);
+        let keep: HashSet<u64> = self.enrolled.values().chain(leaving).map(|e| e.netns.cookie()).collect();
+        match self.capture.retain(&keep).and_then(|()| self.capture.remove_other_versions()) {
             Ok(()) => self.adopted = true,
             Err(error) => tracing::warn!(%error, "cannot remove what is pinned of pods that are gone"),
         }
     }
 
-    fn ensure(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), String> {
+    /// Tells the kernel which pods are past the gate: those that are enrolled, and those that need not be.
+    fn judge(&self, directory: &Directory, cgroups: &Cgroups) {
+        if !self.is_by_cgroup() {
+            return;
+        }
+        let Ok(cgroups) = &**cgroups else { return };
+        let mut judged = HashMap::new();
+        let leaving = self.leaving.iter().map(|(_, leaving)| &leaving.workload);
+        for workload in directory.on_node(&self.config.node).chain(leaving) {
+            let Some(NetnsAt::PodUid(uid)) = &workload.netns else { continue };
+            let Some(cgroup) = cgroups.id(uid) else { continue };
+            let name = workload.full_name();
+            let judgement = match (workload.mode, self.enrolled.contains_key(&name)) {
+                (Mode::Off, _) | (Mode::Permissive, true) => Judgement::Free,
+                // Open rather than closed: it may send plaintext anyway.
+                (Mode::Permissive, false) if self.status.has_failed(&name) => Judgement::Free,
+                (Mode::Strict, true) => Judgement::Strict,
+                _ => continue,
+            };
+            judged.insert(cgroup, judgement);
+        }
+        if let Err(error) = self.capture.judge(&judged) {
+            tracing::error!(%error, "pods that are not judged cannot reach the mesh; trying again every second");
+        }
+    }
+
+    fn is_by_cgroup(&self) -> bool {
+        capture::Pods::told_by(&self.config.directory) == capture::Pods::ByCgroup
+    }
+
+    /// Has the threads accept for those that were enrolled.
+    fn serve(&mut self) {
+        for (pod, listeners) in self.unserved.drain(..) {
+            for (thread, listeners) in self.threads.iter().zip(listeners) {
+                thread.serve(Arc::clone(&pod), listeners);
+            }
+        }
+    }
+
+    fn ensure(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), Not> {
         let Some(now) = self.enrolled.get_mut(name) else { return self.enrol(name, workload, cgroups) };
+        let workload = with_addresses(workload, &now.workload.addresses);
         if now.workload.mode != workload.mode || now.workload.exclusions != workload.exclusions {
-            self.capture.enrol(workload, &now.netns).map_err(|e| e.to_string())?;
+            self.capture.enrol(&workload, &now.netns).map_err(unable)?;
             now.pod.set_mode(workload.mode);
             let exclusions = workload.exclusions.words();
             tracing::info!(workload = name, mode = ?workload.mode, ?exclusions, "mode or exclusions changed");
         }
-        now.workload = Arc::clone(workload);
-        Ok(())
+        now.workload = workload;
+        now.fault.clone().map_or(Ok(()), |fault| Err(Not::Able(fault)))
     }
 
-    fn enrol(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), String> {
+    fn enrol(&mut self, name: &str, workload: &Arc<Workload>, cgroups: &Cgroups) -> Result<(), Not> {
         let path = netns_path(workload, cgroups)?;
-        let netns = Arc::new(Netns::open(&path).map_err(|e| e.to_string())?);
+        let netns = Arc::new(Netns::open(&path).map_err(unable)?);
+        // A kubelet tells a pod's addresses after its containers have started.
+        let found =
+            if workload.addresses.is_empty() { netns.addresses().map_err(unable)? } else { Vec::new() };
+        let workload = &with_addresses(workload, &found);
+        if workload.addresses.is_empty() {
+            return Err(Not::Yet("its network namespace has no address yet".into()));
+        }
         let ports = &self.config.capture.ports;
         let tunnel_port = self.config.tunnel.port;
-        let listeners: Vec<Listeners> = self
-            .threads
-            .iter()
-            .map(|_| Listeners::open(&netns, workload, ports, tunnel_port))
-            .collect::<Result<_, _>>()
-            .map_err(|e| format!("cannot listen inside the pod: {e}"))?;
-        let deliver =
-            Deliver::new(Arc::clone(&netns), Arc::clone(&self.capture)).map_err(|e| e.to_string())?;
+        let threads = self.threads.len();
+        let listeners = Listeners::open(&netns, workload, (ports, tunnel_port), threads, &mut self.inherited)
+            .map_err(|e| Not::Able(format!("cannot listen inside the pod: {e}")))?;
+        let handles = handles(&listeners).map_err(unable)?;
+        let deliver = Deliver::new(Arc::clone(&netns), Arc::clone(&self.capture)).map_err(unable)?;
         workload.addresses.iter().for_each(|address| deliver.prepare(*address));
         let own_ports = ports.iter().copied().chain([tunnel_port]).collect();
         let pod = Arc::new(Pod::new(Arc::clone(workload), deliver, own_ports));
         // The listeners are there already: a connection captured from now on finds one.
-        self.capture.enrol(workload, &netns).map_err(|e| e.to_string())?;
-        for (thread, listeners) in self.threads.iter().zip(listeners) {
-            thread.serve(Arc::clone(&pod), listeners);
-        }
+        self.capture.enrol(workload, &netns).map_err(unable)?;
         self.pods.insert(&pod);
+        self.unserved.push((Arc::clone(&pod), listeners));
         tracing::info!(workload = name, id = %workload.id, mode = ?workload.mode, "enrolled");
-        self.enrolled.insert(name.into(), Enrolled { pod, workload: Arc::clone(workload), netns, path });
+        let workload = Arc::clone(workload);
+        let enrolled = Enrolled { pod, workload, netns, path, fault: None, listeners: handles };
+        self.enrolled.insert(name.into(), enrolled);
         Ok(())
     }
 
-    fn remove(&mut self, name: &str) {
-        let Some(gone) = self.enrolled.remove(name) else { return };
+    /// Lets an enrolled pod go that the directory has no more, or has as another one. A pod that was
+    /// deleted while something still runs in it stays captured.
+    pub(super) fn dismiss(&mut self, name: FullName, directory: &Directory, cgroups: &Cgroups) {
+        let Some(gone) = self.enrolled.remove(&name) else { return };
+        let is_listed =
+            directory.on_node(&self.config.node).any(|workload| workload.netns == gone.workload.netns);
+        let is_pod = matches!(gone.workload.netns, Some(NetnsAt::PodUid(_)));
+        if is_pod && !is_listed && is_inhabited(&gone, cgroups) {
+            tracing::info!(workload = name, "deleted, and captured until nothing runs in it");
+            self.leaving.push((name, gone));
+        } else {
+            self.remove(&name, &gone);
+        }
+    }
+
+    /// Removes deleted pods that have come to their end.
+    pub(super) fn see_off(&mut self, cgroups: &Cgroups) {
+        let all = std::mem::take(&mut self.leaving).into_iter();
+        let (inhabited, left): (Vec<_>, Vec<_>) = all.partition(|(_, pod)| is_inhabited(pod, cgroups));
+        self.leaving = inhabited;
+        left.iter().for_each(|(name, gone)| self.remove(name, gone));
+    }
+
+    fn remove(&self, name: &str, gone: &Enrolled) {
         if let Err(error) = self.capture.remove(gone.netns.cookie()) {
             tracing::warn!(workload = name, %error, "cannot remove everything of the pod from the kernel");
         }
@@ -270,59 +372,21 @@ impl Enroller {
         tracing::info!(workload = name, "removed");
     }
 
-    fn note(&self, name: &str, outcome: Result<(), String>) {
-        let before = self.status.lock().insert(name.into(), outcome.clone());
-        if let Err(reason) = outcome
-            && before.as_ref().and_then(|b| b.as_ref().err()) != Some(&reason)
+    fn note(&self, name: &str, outcome: Result<(), Not>) {
+        let standing = outcome.map_or_else(Standing::from, |()| Standing::Enrolled);
+        let before = self.status.note(name, standing.clone());
+        if let Some(reason) = standing.fault()
+            && before.as_ref().and_then(Standing::fault) != Some(reason)
         {
-            tracing::error!(workload = name, %reason, "not enrolled; trying again every second");
+            tracing::error!(workload = name, %reason, "not enrolled, or not verified; trying again");
         }
     }
 }
 
-/// The cgroups of this node's pods, read when somebody asks.
-type Cgroups = LazyCell<Result<PodCgroups, String>, Box<dyn FnOnce() -> Result<PodCgroups, String>>>;
-
-/// Reads the pods' cgroups once, and only if a pod has to be looked for.
-fn cgroups(config: &CaptureConfig) -> Cgroups {
-    let configured = config.cgroup.clone();
-    LazyCell::new(Box::new(move || {
-        let root = mount::cgroup_dir(&configured).map_err(|e| format!("capture.cgroup: {e}"))?;
-        Ok(PodCgroups::read(&root))
-    }))
-}
-
-fn netns_path(workload: &Workload, cgroups: &Cgroups) -> Result<PathBuf, String> {
-    match &workload.netns {
-        Some(NetnsAt::File(path)) => Ok(path.clone()),
-        Some(NetnsAt::PodUid(uid)) => {
-            (**cgroups).as_ref().map_err(Clone::clone)?.netns(uid).ok_or_else(|| {
-                format!(
-                    "no process of pod {uid} below capture.cgroup yet (is that the cgroup above all pods?)"
-                )
-            })
-        }
-        None => Err("the directory names no network namespace (netns) for it".into()),
+/// The workload with these addresses, where the directory does not tell them yet.
+fn with_addresses(workload: &Arc<Workload>, known: &[IpAddr]) -> Arc<Workload> {
+    match workload.addresses.is_empty() {
+        true => Arc::new(Workload { addresses: known.to_vec(), ..(**workload).clone() }),
+        false => Arc::clone(workload),
     }
-}
-
-/// Whether a pod may be served on as the directory has it now. The mode may change in place.
-fn still_fits(now: &mut Enrolled, workload: &Workload, cgroups: &Cgroups) -> bool {
-    let same = now.workload.id == workload.id
-        && now.workload.addresses == workload.addresses
-        && now.workload.netns == workload.netns;
-    // A namespace whose file is gone stays enrolled until the directory lets it go: whatever still
-    // runs in it stays captured. A file that names another namespace means another pod.
-    let is_ours = |path: &Path| Netns::inode_at(path).map(|found| found == now.netns.inode());
-    if !same || matches!(workload.netns, Some(NetnsAt::File(_))) {
-        return same && is_ours(&now.path).unwrap_or(true);
-    }
-    // A process may end, and its number be given to a stranger's, while the pod goes on.
-    if is_ours(&now.path).unwrap_or(false) {
-        return true;
-    }
-    let Ok(path) = netns_path(workload, cgroups) else { return true };
-    let fits = is_ours(&path).unwrap_or(true);
-    now.path = path;
-    fits
 }

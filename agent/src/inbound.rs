@@ -64,7 +64,8 @@ pub async fn serve(shard: Shard, front: Front, listener: TcpListener) {
                     tunnel(shard, front, io, proof, address).await;
                 });
             }
-            Err(error) => shard.accept_failed(local, &error).await,
+            Err(error) if shard.may_accept_again(local, &error).await => {}
+            Err(_) => return,
         }
     }
 }
@@ -149,6 +150,7 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
     let leaves = [&proof.peer, proof.own.leaf()];
     let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
     let mut changes = shard.trust.subscribe();
+    let mut farewell = std::pin::pin!(shard.farewell());
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
@@ -168,7 +170,7 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
                 continue;
             }
             accepted = connection.accept() => accepted,
-            () = shard.draining(), if !draining => {
+            () = &mut farewell, if !draining => {
                 connection.graceful_shutdown();
                 draining = true;
                 continue;

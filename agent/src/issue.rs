@@ -23,6 +23,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use crate::config::IssuerConfig;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
+pub use crate::identity::svid::pem;
 use crate::identity::svid::{SvidError, X509Svid, is_self_issued};
 use crate::tls;
 use crate::tls::provider::provider;
@@ -211,19 +212,6 @@ fn without_roots(mut chain: Vec<CertificateDer<'static>>) -> Vec<CertificateDer<
     let mut is_leaf = true;
     chain.retain(|certificate| std::mem::take(&mut is_leaf) || !is_self_issued(certificate));
     chain
-}
-
-/// PEM (RFC 7468), whose lines have 64 characters.
-pub fn pem(label: &str, der: &[u8]) -> String {
-    use base64::Engine;
-    let body = base64::engine::general_purpose::STANDARD.encode(der);
-    let mut text = format!("-----BEGIN {label}-----\n");
-    for line in body.as_bytes().chunks(64) {
-        // Base64 is ASCII.
-        text.push_str(&String::from_utf8_lossy(line));
-        text.push('\n');
-    }
-    text + &format!("-----END {label}-----\n")
 }
 
 /// A new private key (P-256), made here and never sent anywhere.

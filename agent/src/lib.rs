@@ -13,7 +13,8 @@
 //! - [`deliver`] connects to the application, and [`relay`] moves the bytes, on both sides;
 //! - [`local`] is the shorter way, when both pods are this node's;
 //! - [`warm`] has the pool connect to other nodes before anybody needs them;
-//! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are.
+//! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are;
+//! - [`handover`] leaves it to a successor, by [`passing`] open sockets on.
 //!
 //! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], [`crls`], and [`trust`], which
 //! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`fleet`],
@@ -59,12 +60,14 @@ pub mod capture;
 pub mod deliver;
 pub mod directory;
 pub mod enrol;
+pub mod handover;
 pub mod hbone;
 pub mod inbound;
 pub mod local;
 pub mod mesh_policy;
 pub mod netns;
 pub mod outbound;
+pub mod passing;
 pub mod pod;
 pub mod policy;
 pub mod pool;

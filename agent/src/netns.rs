@@ -7,12 +7,15 @@ pub mod pods;
 
 use std::fs::File;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::libc;
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::SockaddrStorage;
 use socket2::{Domain, Socket, Type};
 
 /// An open network namespace.
@@ -63,6 +66,23 @@ impl Netns {
         self.file.as_fd()
     }
 
+    /// The addresses that others reach it at: the first of each family that is neither loopback's nor the
+    /// link's alone.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered or read.
+    pub fn addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let all = self.enter(nix::ifaddrs::getifaddrs)??;
+        let usable = all.filter(|interface| !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK));
+        let mut found: Vec<IpAddr> = Vec::new();
+        for ip in usable.filter_map(|interface| address(&interface.address?)) {
+            if !found.iter().any(|known| known.is_ipv4() == ip.is_ipv4()) {
+                found.push(ip);
+            }
+        }
+        Ok(found)
+    }
+
     /// Runs `f` with the calling thread inside. `f` must not wait for anything.
     ///
     /// # Errors
@@ -71,6 +91,13 @@ impl Netns {
         let _home = Home::leave(&self.home, &self.file)?;
         Ok(f())
     }
+}
+
+/// An address that is more than the link's.
+fn address(storage: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = storage.as_sockaddr_in().map(|v4| v4.ip()).filter(|ip| !ip.is_link_local());
+    let v6 = || storage.as_sockaddr_in6().map(|v6| v6.ip()).filter(|ip| !ip.is_unicast_link_local());
+    v4.map(IpAddr::V4).or_else(|| v6().map(IpAddr::V6))
 }
 
 /// Comes home when dropped, also when `f` panics.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::balance::Pick;
 use crate::directory::{Destination, ResolveError, Workload};
@@ -33,10 +34,11 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
         match accepted {
             Ok((app, source)) => {
                 let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-                let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source);
-                shard.clone().spawn(connection.serve(local.port()));
+                let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source, local.port());
+                shard.clone().spawn(connection.serve());
             }
-            Err(error) => shard.accept_failed(local, &error).await,
+            Err(error) if shard.may_accept_again(local, &error).await => {}
+            Err(_) => return,
         }
     }
 }
@@ -46,16 +48,21 @@ struct Connection {
     shard: Shard,
     pod: Arc<Pod>,
     app: TcpStream,
-    source: SocketAddr,
-    began: Instant,
     way: Way,
+    /// A try that another thread began: it is not handed on again.
+    begun: Option<Box<Pick>>,
 }
 
 /// How far a connection came, for its log line.
+#[derive(Debug)]
 struct Way {
+    source: SocketAddr,
+    began: Instant,
     destination: Option<SocketAddr>,
     workload: Option<Arc<Workload>>,
     encryption: Encryption,
+    /// The agent's port that it was led to.
+    listener_port: u16,
     policy: Option<Arc<str>>,
 }
 
@@ -63,27 +70,87 @@ struct Way {
 enum Opened {
     Tunnel(Stream),
     Local(Box<Open>),
+    /// None here: this thread of the agent is to open it.
+    Elsewhere(usize),
+}
+
+/// How a connection went.
+enum End {
+    Relayed(Relayed),
+    /// On to another thread, with the try that has begun.
+    Elsewhere(usize, Box<Pick>),
+}
+
+/// A connection on its way from the thread that accepted it to the one that has the tunnel; nothing that the
+/// application sends has been read.
+#[derive(Debug)]
+pub struct Moved {
+    pod: Arc<Pod>,
+    app: std::net::TcpStream,
+    way: Way,
+    pick: Box<Pick>,
+    /// The drain waits for it meanwhile.
+    _task: TaskTrackerToken,
+}
+
+impl Moved {
+    /// Goes on with it on this thread.
+    pub fn serve(self, shard: Shard) {
+        let Self { pod, app, way, pick, _task } = self;
+        match TcpStream::from_std(app) {
+            Ok(app) => {
+                let connection = Connection { shard: shard.clone(), pod, app, way, begun: Some(pick) };
+                shard.spawn(connection.serve());
+            }
+            Err(error) => way.finish(&shard, &pod, Err(unmoved(&error))),
+        }
+    }
+}
+
+/// The system did not let a connection change threads.
+fn unmoved(error: &std::io::Error) -> Failure {
+    let detail = format!("it could not be handed to another thread: {error}");
+    Failure { reason: Reason::Internal, detail: detail.into() }
 }
 
 impl Connection {
-    fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr) -> Self {
-        shard.observe.opened(Direction::Outbound);
-        let way = Way { destination: None, workload: None, encryption: Encryption::None, policy: None };
-        Self { shard, pod, app, source, began: Instant::now(), way }
+    fn new(shard: Shard, pod: Arc<Pod>, app: TcpStream, source: SocketAddr, listener_port: u16) -> Self {
+        let way = Way {
+            source,
+            began: Instant::now(),
+            destination: None,
+            workload: None,
+            encryption: Encryption::None,
+            listener_port,
+            policy: None,
+        };
+        Self { shard, pod, app, way, begun: None }
     }
 
     /// From the original destination to the log line.
     #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
-    fn serve(mut self, listener_port: u16) -> impl Future<Output = ()> {
+    fn serve(mut self) -> impl Future<Output = ()> {
         async move {
-            let outcome = self.carry(listener_port).await;
-            self.finish(outcome);
+            self.way.destination = self.shard.capture.original_dst(self.way.source, self.way.listener_port);
+            if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
+                // An answer that cannot be given says enough.
+                let _ = self.app.try_write(&[1]);
+                return;
+            }
+            if self.begun.is_none() {
+                self.shard.observe.opened(Direction::Outbound);
+            }
+            match self.carry().await {
+                Ok(End::Relayed(relayed)) => self.finish(Ok(relayed)),
+                Ok(End::Elsewhere(thread, pick)) => self.move_to(thread, pick),
+                Err(failure) => self.finish(Err(failure)),
+            }
         }
     }
 
-    async fn carry(&mut self, listener_port: u16) -> Result<Relayed, Failure> {
+    async fn carry(&mut self) -> Result<End, Failure> {
         // On the heap, and gone once there is a way: for the rest of its life a connection is only a relay.
-        let (pick, opened) = Box::pin(self.reach(listener_port)).await?;
+        let (pick, opened) = Box::pin(self.reach()).await?;
         let Self { shard, pod, app, way, .. } = self;
         let relayed = match opened {
             Opened::Tunnel(stream) => {
@@ -95,19 +162,21 @@ impl Connection {
                 // It has two applications to watch: not to be paid for by those that are relayed.
                 Box::pin(open.carry(shard, app)).await
             }
+            Opened::Elsewhere(thread) => return Ok(End::Elsewhere(thread, Box::new(pick))),
         };
         pick.ended(relayed.reason, Instant::now());
-        Ok(relayed)
+        Ok(End::Relayed(relayed))
     }
 
     /// A way to the original destination: for a service, from the first endpoint tried that gives one.
-    async fn reach(&mut self, listener_port: u16) -> Result<(Pick, Opened), Failure> {
+    async fn reach(&mut self) -> Result<(Pick, Opened), Failure> {
         let shard = self.shard.clone();
-        let original = shard.capture.original_dst(self.source, listener_port).ok_or_else(|| Failure {
+        let begun = self.begun.take().map(|pick| *pick);
+        let may_move = begun.is_none();
+        let original = self.way.destination.ok_or_else(|| Failure {
             reason: Reason::NoOriginalDestination,
             detail: "connected to the agent's own listener; it takes captured connections only".into(),
         })?;
-        self.way.destination = Some(original);
         let nowhere = |error: ResolveError| Failure {
             reason: match error {
                 ResolveError::UnknownAddress => Reason::UnknownDestination,
@@ -117,31 +186,36 @@ impl Connection {
         };
         let directory = shard.directory.load();
         let to = directory.resolve(original).map_err(nowhere)?;
-        let (client, patience) = (self.source.ip(), shard.tunnel.connect_timeout);
+        let (client, patience) = (self.way.source.ip(), shard.tunnel.connect_timeout);
         let mut tries = shard.balance.tries(&directory, client, to, Instant::now(), patience);
+        if let Some(begun) = &begun {
+            tries = tries.after(begun);
+        }
         let mut failed = None;
-        while let Some(mut pick) = tries.next(Instant::now()) {
-            match self.open(&mut pick).await {
+        let mut next = begun.or_else(|| tries.next(Instant::now()));
+        while let Some(mut pick) = next {
+            match self.open(&mut pick, may_move).await {
                 Ok(opened) => return Ok((pick, opened)),
                 Err(failure) => {
                     tries.failed(pick, failure.reason, Instant::now());
                     failed = Some(failure);
                 }
             }
+            next = tries.next(Instant::now());
         }
         Err(failed.unwrap_or_else(|| nowhere(ResolveError::NoEndpoint)))
     }
 
     /// One try. When it fails, nothing that the application sends has been read.
-    async fn open(&mut self, pick: &mut Pick) -> Result<Opened, Failure> {
-        let Self { shard, pod, app, source, way, .. } = self;
+    async fn open(&mut self, pick: &mut Pick, may_move: bool) -> Result<Opened, Failure> {
+        let Self { shard, pod, app, way, .. } = self;
         let destination = &pick.destination;
         way.destination = Some(destination.address);
         let route = route(shard, pod, destination);
         way.workload = Some(Arc::clone(&destination.workload));
         let attempt = Attempt {
             peer: pod.workload.id.clone(),
-            source: source.ip(),
+            source: way.source.ip(),
             workload: Arc::clone(&destination.workload),
             port: destination.address.port(),
         };
@@ -151,10 +225,14 @@ impl Connection {
             Failure { reason: Reason::DeniedByPolicy, detail }
         })?;
         if let Some(neighbour) = shard.pods.serving(destination) {
-            let passage = Passage::new(Arc::clone(pod), neighbour, *source, destination.address);
+            let passage = Passage::new(Arc::clone(pod), neighbour, way.source, destination.address);
             return Ok(Opened::Local(Box::new(passage.open(shard, app).await?)));
         }
-        let ask = Ask { authority: destination.address, source: *source };
+        let node = route.node.as_ref().filter(|_| may_move);
+        if let Some(home) = node.and_then(|node| shard.pool.home(node, Instant::now())) {
+            return Ok(Opened::Elsewhere(home));
+        }
+        let ask = Ask { authority: destination.address, source: way.source };
         let opening = async {
             let mut stream = shard.pool.open(&route, ask, Instant::now()).await?;
             if pick.is_wary {
@@ -182,31 +260,49 @@ impl Connection {
         Ok(Opened::Tunnel(stream))
     }
 
+    /// Hands it to another thread of the agent.
+    fn move_to(self, thread: usize, pick: Box<Pick>) {
+        let Self { shard, pod, app, way, .. } = self;
+        match app.into_std() {
+            Ok(app) => {
+                let _task = shard.tasks.token();
+                shard.send(thread, Moved { pod, app, way, pick, _task });
+            }
+            Err(error) => way.finish(&shard, &pod, Err(unmoved(&error))),
+        }
+    }
+
     /// Ends it, and then says how it was.
     fn finish(self, outcome: Result<Relayed, Failure>) {
-        let Self { shard, pod, app, source, began, way } = self;
-        let (relayed, detail) = match outcome {
-            Ok(relayed) => (relayed, "".into()),
-            Err(failure) => {
-                relay::reset(&app);
-                (Relayed { from_app: 0, to_app: 0, reason: failure.reason }, failure.detail)
-            }
-        };
+        let Self { shard, pod, app, way, .. } = self;
+        if outcome.is_err() {
+            relay::reset(&app);
+        }
         // The application learns of the end before the log does.
         drop(app);
+        way.finish(&shard, &pod, outcome);
+    }
+}
+
+impl Way {
+    fn finish(self, shard: &Shard, pod: &Pod, outcome: Result<Relayed, Failure>) {
+        let (relayed, detail) = match outcome {
+            Ok(relayed) => (relayed, "".into()),
+            Err(failure) => (Relayed { from_app: 0, to_app: 0, reason: failure.reason }, failure.detail),
+        };
         let record = Finished {
             direction: Direction::Outbound,
-            encryption: way.encryption,
+            encryption: self.encryption,
             reason: relayed.reason,
             detail: &detail,
-            policy: way.policy.as_deref(),
+            policy: self.policy.as_deref(),
             source_id: Some(&pod.workload.id),
-            source: Some(source),
-            destination_id: way.workload.as_ref().map(|workload| &workload.id),
-            destination: way.destination,
+            source: Some(self.source),
+            destination_id: self.workload.as_ref().map(|workload| &workload.id),
+            destination: self.destination,
             sent_bytes: relayed.from_app,
             received_bytes: relayed.to_app,
-            duration: began.elapsed(),
+            duration: self.began.elapsed(),
         };
         shard.observe.finished(&record, true);
     }
@@ -245,7 +341,7 @@ fn has_svids(shard: &Shard, pod: &Pod, route: &Route) -> bool {
 mod tests {
     use super::*;
 
-    fn size<A, B, Task>(_: impl Fn(A, B) -> Task) -> usize {
+    fn size<A, Task>(_: impl Fn(A) -> Task) -> usize {
         size_of::<Task>()
     }
 

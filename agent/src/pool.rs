@@ -6,10 +6,12 @@
 //! when its last stream does, so a rotation closes nothing that is in use. In node scope the two SPIFFE
 //! IDs are the nodes', and each stream's workloads are proven on the connection ([`crate::proof`]).
 //!
-//! One pool belongs to one thread; its lock is never contended and never held across an await.
+//! One pool belongs to one thread; its lock is never contended and never held across an await. A stream between
+//! nodes goes to the thread that has a connection while few come ([`Pool::home`]).
 
 mod acquaint;
 pub mod dial;
+mod homes;
 mod node;
 mod slot;
 
@@ -27,6 +29,7 @@ use crate::hbone::client::Ask;
 use crate::identity::SpiffeId;
 use crate::verdict::Reason;
 use dial::Dialer;
+pub use homes::Seat;
 use slot::{Next, Otherwise, Slot, Turn};
 
 /// What may share a connection.
@@ -59,10 +62,8 @@ pub struct Route {
 /// What threads tell each other of connections between nodes.
 #[derive(Clone, Debug)]
 pub enum Word {
-    /// A stream has used one for the first time: every thread's may be needed next.
+    /// A stream has used one for the first time.
     Needed(Key),
-    /// One was made before a stream needed it: the other threads can make theirs with its session.
-    Ahead(Key),
     /// A node's agent has made one to us, so it runs.
     Arrived(SpiffeId),
 }
@@ -95,8 +96,10 @@ pub struct Pool {
     slots: Arc<Mutex<Slots>>,
     /// Nodes without node scope, and when to look again.
     forgone: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
-    /// Tells the other threads' pools of connections between nodes.
-    others: broadcast::Sender<Word>,
+    /// Where the agent is told of connections between nodes.
+    words: broadcast::Sender<Word>,
+    /// This thread among the agent's.
+    seat: Seat,
     /// Permits for connections that nobody waits for.
     ahead: Arc<Semaphore>,
     dialer: Dialer,
@@ -104,12 +107,13 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// An empty pool that dials with `dialer`, and tells `others` of connections between nodes.
-    pub fn new(dialer: Dialer, max_streams: u32, others: broadcast::Sender<Word>) -> Self {
+    /// An empty pool that dials with `dialer`, and tells `words` of connections between nodes.
+    pub fn new(dialer: Dialer, max_streams: u32, words: broadcast::Sender<Word>, seat: Seat) -> Self {
         Self {
             slots: Arc::default(),
             forgone: Arc::default(),
-            others,
+            words,
+            seat,
             ahead: Arc::new(Semaphore::new(AHEAD)),
             dialer,
             max_streams: max_streams as usize,
@@ -131,6 +135,19 @@ impl Pool {
         self.stream(&route.workload, &route.workload, ask).await
     }
 
+    /// The thread on which a stream to a node shall be opened, if that is not this one: another has a connection
+    /// or is making one, this one has none, and has sent no stream there just now. Who comes more often has one
+    /// made here.
+    pub fn home(&self, node: &Key, now: Instant) -> Option<usize> {
+        let mut slots = self.lock();
+        let slot = slots.entry(node.clone()).or_default();
+        if slot.has_own() {
+            return None;
+        }
+        let home = self.seat.elsewhere(&node.destination)?;
+        (!self.is_forgone(node.address, now) && slot.sends_away(now)).then_some(home)
+    }
+
     fn is_forgone(&self, node: SocketAddr, now: Instant) -> bool {
         let mut forgone = lock(&self.forgone);
         let is = forgone.get(&node).is_some_and(|until| now < *until);
@@ -143,6 +160,7 @@ impl Pool {
     fn forgo(&self, node: &Key, now: Instant, why: &Failure) {
         tracing::info!(node = %node.destination, address = %node.address, %why, "no node scope there; dialling its workloads for a while");
         lock(&self.forgone).insert(node.address, now + FORGO);
+        self.seat.leave(&node.destination);
     }
 
     /// A stream for `parties` on a connection of `key`'s: one that is there, or a new one.
@@ -193,7 +211,7 @@ impl Pool {
         }
         if first_use && key.between_nodes() {
             // Nobody listens in a pool that is alone.
-            let _ = self.others.send(Word::Needed(key.clone()));
+            let _ = self.words.send(Word::Needed(key.clone()));
         }
         next
     }
@@ -261,6 +279,10 @@ impl Pool {
 
     /// Dials, and tells those who wait for it how it went.
     async fn dial(self, key: Key) -> Result<(), Failure> {
+        if key.between_nodes() {
+            // From now on other threads may send streams here.
+            self.seat.elsewhere(&key.destination);
+        }
         let dialled = self.dialer.dial(&key).await;
         let (waiting, outcome) = {
             let mut slots = self.lock();
@@ -275,8 +297,11 @@ impl Pool {
 
     /// Drops connections that have had no stream for `idle`. Call it now and then.
     pub fn sweep(&self, now: Instant, idle: Duration) {
-        self.lock().retain(|_, slot| {
+        self.lock().retain(|key, slot| {
             slot.expire(now, idle);
+            if slot.is_empty() && key.between_nodes() {
+                self.seat.leave(&key.destination);
+            }
             !slot.is_empty()
         });
     }

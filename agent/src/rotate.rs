@@ -116,6 +116,7 @@ impl Rotator {
         target: Option<Duration>,
         observe: Observe,
     ) -> Self {
+        let keep = keep.configured_with(&trust.snapshot().bundle);
         take_up(&trust, &keep, node.as_ref(), issuer.kind());
         Self { trust, issuer, node, keep, target, observe, status: Arc::default() }
     }
@@ -332,6 +333,12 @@ fn take_up(trust: &Trust, keep: &Keep, node: Option<&SpiffeId>, issuer: IssuerKi
             return;
         }
     }
+    if issuer == IssuerKind::Authority
+        && let Some(roots) = keep.load_bundle(trust.snapshot().bundle.domain())
+    {
+        tracing::info!(generation = roots.generation(), "took up the roots from before the restart");
+        trust.set_bundle(roots);
+    }
     let Some(node) = node else { return };
     let now = SystemTime::now();
     let bundle = &trust.snapshot().bundle;
@@ -346,12 +353,19 @@ fn take_up(trust: &Trust, keep: &Keep, node: Option<&SpiffeId>, issuer: IssuerKi
     }
 }
 
-/// Runs for ever: keeps the revocations beside the node's SVID.
-pub async fn keep_revocations(trust: Arc<Trust>, keep: Keep) {
+/// Runs for ever: keeps roots and revocations beside the node's SVID.
+pub async fn keep_bundle(trust: Arc<Trust>, keep: Keep) {
     let mut bundles = trust.subscribe_bundle();
     let mut kept = trust.snapshot().bundle.revocations().generation();
+    let mut kept_roots = trust.snapshot().bundle.generation();
     while bundles.changed().await.is_ok() {
         let bundle = Arc::clone(&trust.snapshot().bundle);
+        if std::mem::replace(&mut kept_roots, bundle.generation()) != bundle.generation() {
+            tracing::info!(roots = bundle.roots().len(), generation = kept_roots, "roots received");
+            if let Err(error) = keep.save_bundle(&bundle) {
+                tracing::warn!(%error, "cannot keep the roots; after a restart this agent has those of its file until the authority has sent them");
+            }
+        }
         let list = bundle.revocations();
         if list.generation() == kept {
             continue;
@@ -369,7 +383,9 @@ async fn renew(issuer: Arc<dyn Issuer>, trust: Arc<Trust>, id: SpiffeId) -> Rene
     let outcome = async {
         let Obtained { svid, key, bundle } = issuer.obtain(&id).await?;
         let held = Arc::clone(&trust.snapshot().bundle);
-        issue::check(&svid, &id, bundle.as_ref().unwrap_or(&held), SystemTime::now())
+        // Roots that are older than those held are not taken; the SVID has to stand without them.
+        let verifying = bundle.as_ref().filter(|bundle| bundle.supersedes(&held)).unwrap_or(&held);
+        issue::check(&svid, &id, verifying, SystemTime::now())
             .map_err(|detail| IssueError::Unusable { issuer: issuer.name(), detail })?;
         // The roots must be trusted before the SVID that needs them is used.
         if let Some(bundle) = bundle {

@@ -3,26 +3,28 @@
 //! Two kinds of threads: the data path's (see `shard`), and a small runtime for everything that may
 //! wait: the authority, the directory, the admin server. Load on one does not delay the other.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+mod enrolling;
+mod upgrade;
+
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::{self, Readiness, State};
 use crate::balance::Balance;
-use crate::capture::Capture;
+use crate::capture::{Capture, Pods};
 use crate::config::{AgentConfig, PolicyConfig};
 use crate::crls::Keeper;
 use crate::directory::{Live, source};
-use crate::enrol::{Enroller, LOOK_EVERY};
+use crate::enrol::{Enroller, Standing};
 use crate::fleet::lease;
 use crate::fleet::reach::Reach;
 use crate::identity::SpiffeId;
@@ -37,6 +39,8 @@ use crate::telemetry::{Metrics, Observe};
 use crate::tls::ktls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
+use enrolling::{Told, enrol_for_ever, hear_of_pods};
+use upgrade::{Order, Phase, take_over, take_place, wait_for_successor};
 
 /// Each connection needs two descriptors, and a pod may well open 28,000.
 const WANTED_FILES: u64 = 1 << 20;
@@ -45,6 +49,9 @@ const MAX_DEFAULT_WORKERS: usize = 8;
 
 /// Words about connections between nodes that threads may be behind in hearing of.
 const WORDS: usize = 1024;
+
+/// Peers of an agent with a successor are asked to leave over at most this time.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What readiness waits for.
 const CONDITIONS: [&str; 5] = ["policies", "directory", "node-svid", "pods-enrolled", "workload-svids"];
@@ -69,7 +76,7 @@ pub fn run(config: AgentConfig, give_back: fn()) -> Result<()> {
 }
 
 async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
-    let _lock = lock(&config.runtime_dir)?;
+    let place = take_place(&config.runtime_dir, config.admin)?;
     let domain = &config.trust_domain;
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
@@ -77,11 +84,9 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
     let (directory, following_directory) =
         source::open(&config.directory, domain, Some(&config.node), policies.mesh()).await?;
-    let admin_listener = tokio::net::TcpListener::bind(config.admin)
-        .await
-        .with_context(|| format!("cannot listen on {} (admin)", config.admin))?;
     let tunnel_port = config.tunnel.port;
-    let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt)?);
+    let told = Pods::told_by(&config.directory);
+    let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt, told)?);
     capture.beat();
     // Loading the programs parses the kernel's types: some thirty megabytes that nothing needs any more.
     give_back();
@@ -93,7 +98,7 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let metrics = Arc::new(Metrics::new()?);
     let shared = shared(&config, &node, &trust, &directory, &policies, &capture, &metrics);
     let threads = start_threads(&config, &shared, give_back)?;
-    let enroller =
+    let mut enroller =
         Enroller::new(Arc::clone(&config), Arc::clone(&capture), Arc::clone(&shared.pods), threads);
     let issuer = issue::configured(config.issuer(), node.clone(), Arc::clone(&trust));
     let keep = Keep::in_dir(&config.runtime_dir);
@@ -120,27 +125,78 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
         availability_target: config.availability_target,
         readiness: Arc::clone(&readiness),
     });
-    serve_admin(&config, admin_listener, &state)?;
+    let (orders, hear_orders) = mpsc::unbounded_channel();
+    let (admin_socket, predecessor, estate) =
+        place.divide(shared.tls.keys().map(Arc::clone), orders.clone())?;
 
     tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
-    tokio::spawn(rotate::keep_revocations(Arc::clone(&trust), rotator.keep()));
+    tokio::spawn(rotate::keep_bundle(Arc::clone(&trust), rotator.keep()));
     tokio::spawn(following_policies);
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
     tokio::spawn(rotate::follow_bundle(Arc::clone(&trust), issuer));
     tokio::spawn(Arc::clone(&shared.balance).follow(Arc::clone(&directory)));
     tokio::spawn(beat(Arc::clone(&capture)));
-    tokio::spawn(log_kernel_events(Arc::clone(&capture)));
     tokio::spawn(judge_readiness(Arc::clone(&state), own));
-    if let Some(PolicyConfig::Kubernetes(cluster)) = &config.policy {
-        tell_the_cluster(policy::kubernetes::Connection::new(cluster).await?, &config, &state);
-    }
+    let mut stop = std::pin::pin!(wait_for_stop());
+    let predecessor = match predecessor {
+        None => None,
+        Some(predecessor) => {
+            let (predecessor, inherited) = tokio::select! {
+                taken = take_over(predecessor, &readiness) => taken?,
+                stopped = &mut stop => return stopped,
+            };
+            enroller.inherit(inherited);
+            Some(predecessor)
+        }
+    };
+    let mut ours = serve_admin(&config, admin_socket, &state)?;
+    ours.push(tokio::spawn(log_kernel_events(Arc::clone(&capture))));
     let stop_enrolling = CancellationToken::new();
-    let enrolling = enrol_for_ever(enroller, directory, Arc::clone(&policies), stop_enrolling.clone())?;
+    let news = Arc::new(Notify::new());
+    tokio::spawn(hear_of_pods(Arc::clone(&capture), Arc::clone(&news)));
+    let (first, enrolled) = oneshot::channel();
+    let policies = Arc::clone(&policies);
+    let told = Told { directory, policies, news, orders: hear_orders, stop: stop_enrolling.clone() };
+    let enrolling = enrol_for_ever(enroller, told, first)?;
+    if let Some(predecessor) = predecessor {
+        // Everything is served here by now; who has been asked to stop meanwhile is asked again below.
+        enrolled.await.context("the enrolling thread panicked")?;
+        tokio::task::spawn_blocking(|| predecessor.serving()).await?.context("cannot take over")?;
+    }
+    if let Some(PolicyConfig::Kubernetes(cluster)) = &config.policy {
+        let connection = policy::kubernetes::Connection::new(cluster).await?;
+        ours.extend(tell_the_cluster(connection, &config, &state));
+    }
+    let mut handover = wait_for_successor(&config.runtime_dir, estate)?;
 
     tracing::info!(node = config.node, trust_domain = %domain, "the agent runs");
-    wait_for_stop().await?;
+    let mut is_stopped = false;
+    tokio::select! {
+        stopped = &mut stop => {
+            stopped?;
+            is_stopped = true;
+        }
+        _ = handover.wait_for(|phase| *phase == Phase::Done) => {}
+    }
+    // Who is told to stop while a successor gets ready waits for that.
+    let has_successor = match handover.wait_for(|phase| *phase != Phase::UnderWay).await {
+        Ok(phase) => *phase == Phase::Done,
+        Err(_) => true,
+    };
+    if has_successor {
+        ours.iter().for_each(JoinHandle::abort);
+        // The thread ends only after this one has asked it to.
+        let _ = orders.send(Order::Retire);
+        let spread = (config.drain / 4).min(FAREWELL);
+        shared.farewell.store(spread.as_millis() as u64, Ordering::Relaxed);
+    }
     drain(&shared, config.drain).await;
+    if has_successor && !is_stopped {
+        // Whatever started us would take our end for a failure, and start us again.
+        tracing::info!("a successor serves this node; waiting to be stopped");
+        stop.await?;
+    }
     stop_enrolling.cancel();
     let threads = tokio::task::spawn_blocking(move || enrolling.join()).await?;
     shared.abort.cancel();
@@ -160,21 +216,6 @@ fn use_kernel_tls() {
         }
         Ok(_) => tracing::warn!(reason = "this kernel changes no keys, as Linux 6.14 does", "{INSTEAD}"),
         Err(missing) => tracing::warn!(reason = %missing, "{INSTEAD}"),
-    }
-}
-
-/// One agent for one runtime directory, for as long as the file lives.
-fn lock(dir: &Path) -> Result<File> {
-    let named = || format!("cannot use the runtime directory {} (runtimeDir)", dir.display());
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(named)?;
-    let path = dir.join("agent.lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(path).with_context(named)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            Err(anyhow!("another agent uses {} (runtimeDir); stop it first", dir.display()))
-        }
-        Err(TryLockError::Error(error)) => Err(error).with_context(named),
     }
 }
 
@@ -212,8 +253,10 @@ fn shared(
         observe,
         tunnel: Arc::new(config.tunnel.clone()),
         words: broadcast::Sender::new(WORDS),
+        inboxes: Arc::new([]),
         handshakes: Arc::new(Semaphore::new(config.tunnel.max_handshakes)),
         drain: CancellationToken::new(),
+        farewell: Arc::new(AtomicU64::new(0)),
         abort: CancellationToken::new(),
         tasks: TaskTracker::new(),
     }
@@ -221,19 +264,23 @@ fn shared(
 
 fn start_threads(config: &AgentConfig, shared: &Shared, give_back: fn()) -> Result<Vec<Thread>> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_DEFAULT_WORKERS);
-    (0..config.workers.unwrap_or(cores))
-        .map(|number| Thread::start(number, shared.clone(), give_back))
-        .collect::<Result<_, _>>()
+    Thread::start(config.workers.unwrap_or(cores), shared.clone(), give_back)
         .context("cannot start the data path's threads")
 }
 
-fn serve_admin(config: &AgentConfig, listener: tokio::net::TcpListener, state: &Arc<State>) -> Result<()> {
+fn serve_admin(
+    config: &AgentConfig,
+    listener: std::net::TcpListener,
+    state: &Arc<State>,
+) -> Result<Vec<JoinHandle<()>>> {
     let socket = config.runtime_dir.join("admin.sock");
     let unix = admin::bind_unix(&socket).with_context(|| format!("cannot make {}", socket.display()))?;
+    let listener = tokio::net::TcpListener::from_std(listener).context("cannot serve the admin address")?;
     let (public, private) = (Arc::clone(state), Arc::clone(state));
-    tokio::spawn(admin::serve(listener, Arc::new(move |path: &str| public.public(path))));
-    tokio::spawn(admin::serve_unix(unix, Arc::new(move |path: &str| private.private(path))));
-    Ok(())
+    Ok(vec![
+        tokio::spawn(admin::serve(listener, Arc::new(move |path: &str| public.public(path)))),
+        tokio::spawn(admin::serve_unix(unix, Arc::new(move |path: &str| private.private(path)))),
+    ])
 }
 
 /// The identities of this node's enrolled workloads, as the directory changes.
@@ -291,8 +338,9 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
         let wanted: Vec<_> = directory.enrolled_on(&state.node).collect();
         let pods_missing =
             wanted.iter().map(|workload| workload.full_name()).find_map(|name| match enrolled.get(&name) {
-                Some(Ok(())) => None,
-                Some(Err(reason)) => Some(format!("{name}: {reason}")),
+                // A pod that is still to start owes nothing yet.
+                Some(Standing::Enrolled | Standing::Waiting(_)) => None,
+                Some(Standing::Failed(reason)) => Some(format!("{name}: {reason}")),
                 None => Some(format!("{name}: not looked at yet")),
             });
         let svid_missing = wanted.iter().find(|w| state.trust.svid(&w.id).is_none()).map(|w| why(&w.id));
@@ -307,58 +355,21 @@ async fn judge_readiness(state: Arc<State>, node: Option<SpiffeId>) {
     }
 }
 
-/// Says in a Lease how this agent stands, for policies' statuses and `hauberk check --cluster`.
-fn tell_the_cluster(connection: policy::kubernetes::Connection, config: &AgentConfig, state: &Arc<State>) {
+/// Says in a Lease how this agent stands, for policies' statuses and `hauberk check --cluster`, until it is aborted.
+fn tell_the_cluster(
+    connection: policy::kubernetes::Connection,
+    config: &AgentConfig,
+    state: &Arc<State>,
+) -> [JoinHandle<()>; 2] {
     let reach = Arc::new(Reach::default());
     let (directory, node) = (Arc::clone(&state.directory), config.node.clone());
     let tunnel = &config.tunnel;
-    tokio::spawn(Arc::clone(&reach).look(directory, node.clone(), tunnel.port, tunnel.connect_timeout));
+    let looking =
+        tokio::spawn(Arc::clone(&reach).look(directory, node.clone(), tunnel.port, tunnel.connect_timeout));
     let (known, told) = (Arc::clone(&state.directory), Arc::clone(state));
     let nodes = move || known.load().node_count();
     let report = move || told.report(&reach);
-    tokio::spawn(lease::keep(connection, node, nodes, report));
-}
-
-/// Enrols on a thread of its own, as that enters other namespaces; gives the data path back at the end.
-fn enrol_for_ever(
-    mut enroller: Enroller,
-    directory: Arc<Live>,
-    policies: Arc<Policies>,
-    stop: CancellationToken,
-) -> Result<std::thread::JoinHandle<Vec<Thread>>> {
-    let handle = tokio::runtime::Handle::current();
-    let mut changes = directory.subscribe();
-    let work = move || {
-        // Nobody is known yet, which must not be taken for nobody being there: what is pinned stays. And without
-        // the policies nobody may be let in.
-        let known = async || {
-            policies.read().await;
-            directory.read().await;
-        };
-        let is_stopped = handle.block_on(async {
-            tokio::select! {
-                () = known() => false,
-                () = stop.cancelled() => true,
-            }
-        });
-        if is_stopped {
-            return enroller.into_threads();
-        }
-        loop {
-            enroller.apply(&directory.load());
-            let stopped = handle.block_on(async {
-                tokio::select! {
-                    () = stop.cancelled() => true,
-                    _ = changes.changed() => false,
-                    () = tokio::time::sleep(LOOK_EVERY) => false,
-                }
-            });
-            if stopped {
-                return enroller.into_threads();
-            }
-        }
-    };
-    std::thread::Builder::new().name("enrol".into()).spawn(work).context("cannot start a thread")
+    [looking, tokio::spawn(lease::keep(connection, node, nodes, report))]
 }
 
 async fn wait_for_stop() -> Result<()> {

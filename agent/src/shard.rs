@@ -2,12 +2,14 @@
 //!
 //! A connection stays on the thread that accepted it, and so does the tunnel it uses: no lock is
 //! contended and no thread is woken from another. The kernel spreads new connections over the
-//! threads by `SO_REUSEPORT`.
+//! threads by `SO_REUSEPORT`. Only where few connections go to a node, they move to the thread that has a
+//! tunnel there, before anything of them is read.
 
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,17 +25,18 @@ use crate::config::TunnelConfig;
 use crate::directory;
 use crate::identity::SpiffeId;
 use crate::inbound::{Front, Node};
+use crate::outbound::{self, Moved};
 use crate::pod::{Pod, Pods};
 use crate::policy::Policies;
 use crate::pool::dial::Dialer;
-use crate::pool::{Key, Pool, Word};
+use crate::pool::{Key, Pool, Seat, Word};
 use crate::telemetry::Observe;
 use crate::tls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
 use crate::verdict::Reason;
 use crate::warm::{self, Recent};
-use crate::{inbound, outbound, relay};
+use crate::{inbound, relay};
 
 /// What every thread shares.
 #[derive(Clone, Debug)]
@@ -62,10 +65,15 @@ pub struct Shared {
     pub tunnel: Arc<TunnelConfig>,
     /// What threads tell each other of connections between nodes.
     pub words: broadcast::Sender<Word>,
+    /// Where each thread takes connections that another has accepted.
+    pub inboxes: Arc<[mpsc::UnboundedSender<Moved>]>,
     /// Permits for TLS handshakes of peers that are not yet authenticated.
     pub handshakes: Arc<Semaphore>,
     /// Cancelled when the agent begins to stop: nothing new is accepted.
     pub drain: CancellationToken,
+    /// Over how many milliseconds peers are asked to leave: where a successor accepts already, they need
+    /// not all come back at once.
+    pub farewell: Arc<AtomicU64>,
     /// Cancelled at the drain's deadline: what is still open is reset.
     pub abort: CancellationToken,
     /// Every task that serves a connection, over all threads.
@@ -96,6 +104,14 @@ impl Shard {
         tokio::spawn(self.shared.tasks.track_future(task));
     }
 
+    /// Has another thread go on with a connection. If that has ended the whole agent is at its end, and with it
+    /// the connection.
+    pub fn send(&self, thread: usize, moved: Moved) {
+        if let Some(inbox) = self.inboxes.get(thread) {
+            let _ = inbox.send(moved);
+        }
+    }
+
     /// Names the connection to a node's agent.
     pub fn between(&self, node: &directory::Node) -> Key {
         let address = SocketAddr::new(node.address, self.tunnel.port);
@@ -107,6 +123,13 @@ impl Shard {
         self.shared.drain.cancelled().await;
     }
 
+    /// Resolves when a peer is to be asked to leave: as the agent begins to stop, or some time after.
+    pub async fn farewell(&self) {
+        self.draining().await;
+        let spread = self.shared.farewell.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(..=spread))).await;
+    }
+
     /// Resolves when a connection has to end: its pod is gone, or the drain's deadline has come.
     pub async fn stop(&self, pod_gone: &CancellationToken) -> Reason {
         tokio::select! {
@@ -115,14 +138,20 @@ impl Shard {
         }
     }
 
-    /// Says that accepting failed, and waits until trying again makes sense.
-    pub async fn accept_failed(&self, local: SocketAddr, error: &io::Error) {
+    /// Says that accepting failed, and waits until trying again makes sense; whether it does.
+    pub async fn may_accept_again(&self, local: SocketAddr, error: &io::Error) -> bool {
         // A connection that its peer gave up in the backlog is no trouble of ours.
         if error.kind() == io::ErrorKind::ConnectionAborted {
-            return;
+            return true;
+        }
+        // Somebody has closed the socket by the kernel (`ss --kill`): it will never accept again.
+        if error.kind() == io::ErrorKind::InvalidInput {
+            tracing::warn!(%local, "a listener of the agent's was closed from outside");
+            return false;
         }
         tracing::warn!(%local, %error, "cannot accept a connection; out of file descriptors or memory?");
         tokio::time::sleep(Duration::from_millis(100)).await;
+        true
     }
 }
 
@@ -145,16 +174,31 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// Starts a thread. By `give_back` it lets the allocator give free memory back.
+    /// Starts so many threads on what they share. By `give_back` they let the allocator give free memory back.
     ///
     /// # Errors
-    /// When the system has no thread or no epoll for it.
-    pub fn start(number: usize, shared: Shared, give_back: fn()) -> io::Result<Self> {
+    /// When the system has no thread or no epoll for one.
+    pub fn start(count: usize, mut shared: Shared, give_back: fn()) -> io::Result<Vec<Self>> {
+        let (inboxes, moves): (Vec<_>, Vec<_>) = (0..count).map(|_| mpsc::unbounded_channel()).unzip();
+        shared.inboxes = inboxes.into();
+        let seats = Seat::row().zip(moves).enumerate();
+        seats
+            .map(|(number, (seat, moves))| Self::spawn(number, shared.clone(), seat, moves, give_back))
+            .collect()
+    }
+
+    fn spawn(
+        number: usize,
+        shared: Shared,
+        seat: Seat,
+        moves: mpsc::UnboundedReceiver<Moved>,
+        give_back: fn(),
+    ) -> io::Result<Self> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (commands, orders) = mpsc::unbounded_channel();
         let join = std::thread::Builder::new()
             .name(format!("data-{number}"))
-            .spawn(move || runtime.block_on(run(shared, orders, give_back)))?;
+            .spawn(move || runtime.block_on(run(shared, seat, orders, moves, give_back)))?;
         Ok(Self { commands, join })
     }
 
@@ -169,7 +213,7 @@ impl Thread {
         let _ = self.commands.send(Command::ServeNode(front, listener));
     }
 
-    /// Has the thread make connections before they are needed; the others follow it.
+    /// Has the thread make connections before they are needed; the others send it what is for them.
     pub fn warm(&self, recent: Recent) {
         let _ = self.commands.send(Command::Warm(recent));
     }
@@ -182,11 +226,16 @@ impl Thread {
     }
 }
 
-async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>, give_back: fn()) {
+async fn run(
+    shared: Shared,
+    seat: Seat,
+    mut orders: mpsc::UnboundedReceiver<Command>,
+    mut moves: mpsc::UnboundedReceiver<Moved>,
+    give_back: fn(),
+) {
     let (trust, memory) = (Arc::clone(&shared.trust), Arc::clone(&shared.tls));
     let dialer = Dialer::new(trust, memory, Arc::clone(&shared.tunnel), shared.observe.clone());
-    let pool = Pool::new(dialer, shared.tunnel.max_streams, shared.words.clone());
-    let mut words = shared.words.subscribe();
+    let pool = Pool::new(dialer, shared.tunnel.max_streams, shared.words.clone(), seat);
     let mut trust = shared.trust.subscribe();
     let idle = shared.tunnel.idle_timeout;
     let shard = Shard { shared: Arc::new(shared), pool: Arc::new(pool) };
@@ -201,11 +250,7 @@ async fn run(shared: Shared, mut orders: mpsc::UnboundedReceiver<Command>, give_
                 Some(Command::Warm(recent)) => drop(tokio::spawn(warm::run(shard.clone(), recent))),
                 None => break,
             },
-            // What was missed because too much came at once is dialled when it is needed.
-            Ok(word) = words.recv() => match word {
-                Word::Needed(key) | Word::Ahead(key) => shard.pool.warm(&key),
-                Word::Arrived(_) => {}
-            },
+            Some(moved) = moves.recv() => moved.serve(shard.clone()),
             Ok(()) = trust.changed() => {
                 let nodes = shard.directory.load().node_count();
                 shard.pool.refresh(warm::spread(nodes));

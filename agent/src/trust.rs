@@ -131,13 +131,18 @@ impl Trust {
 
     /// Takes a new trust bundle into use; a bundle equal to the current one changes nothing.
     ///
-    /// Its revocations are taken only if they are newer than those held: roots that come without, or
-    /// from an authority that has lost its list, un-revoke nobody.
-    pub fn set_bundle(&self, bundle: TrustBundle) {
+    /// Its roots are taken only if they supersede those held, and its revocations only if they are newer: an
+    /// authority whose state was put back from a backup neither brings a retired root back nor un-revokes
+    /// anybody. Returns whether the roots were taken, or were these already.
+    pub fn set_bundle(&self, bundle: TrustBundle) -> bool {
+        let mut taken = false;
         self.change_bundle(|held| {
             let newest = newer(held.revocations(), bundle.revocations());
-            bundle.with_revocations(newest).with_crls(Arc::clone(held.crls()))
+            taken = bundle.supersedes(held);
+            let roots = if taken { bundle } else { held.clone() };
+            roots.with_revocations(newest).with_crls(Arc::clone(held.crls()))
         });
+        taken
     }
 
     /// Takes a list of revocations into use, if it is newer than the one held.
@@ -251,6 +256,24 @@ mod tests {
         assert!(other_roots.bundle_epoch > revoked.bundle_epoch);
         assert!(other_roots.roots_epoch > revoked.roots_epoch);
         assert!(other_roots.revoked(&web).is_some(), "roots that come without a list leave it as it is");
+    }
+
+    #[test]
+    fn roots_of_an_older_generation_never_come_back() {
+        let (first, second) = (bundle().with_generation(1), bundle().with_generation(2));
+        let trust = Trust::new(bundle());
+        assert!(trust.set_bundle(first.clone()) && trust.set_bundle(second.clone()));
+        let held = trust.snapshot();
+        assert_eq!(held.bundle.roots(), second.roots());
+        assert!(!trust.set_bundle(first), "older");
+        assert!(!trust.set_bundle(bundle()), "of unknown age");
+        assert!(!trust.set_bundle(bundle().with_generation(2)), "another authority's, as old");
+        assert!(trust.set_bundle(second), "the same again");
+        assert_eq!(trust.snapshot().epoch, held.epoch, "and nothing changed");
+        let mut list = Revocations::default();
+        list.revoke(Subject::SpiffeId(leaf("web").id), SystemTime::now()).unwrap();
+        trust.set_bundle(bundle().with_generation(1).with_revocations(list.into()));
+        assert!(trust.snapshot().revoked(&leaf("web")).is_some(), "its newer revocations hold all the same");
     }
 
     #[tokio::test]

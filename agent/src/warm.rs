@@ -73,7 +73,7 @@ struct Missing {
 
 type Tried = (Key, usize, Result<bool, Failure>);
 
-/// Makes connections ahead on this thread, has the other threads follow, and remembers who was spoken to.
+/// Makes connections ahead on this thread, where the others find them, and remembers who was spoken to.
 pub(crate) async fn run(shard: Shard, mut recent: Recent) {
     let mut words = shard.words.subscribe();
     shard.trust.holding(&[&shard.node]).await;
@@ -106,7 +106,7 @@ pub(crate) async fn run(shard: Shard, mut recent: Recent) {
                         tries.spawn(reach(shard.clone(), key, tries_made + 1));
                     }
                 }
-                Ok(Word::Ahead(_)) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return,
             },
             Some(Ok(tried)) = tries.join_next() => {
@@ -140,12 +140,10 @@ fn lost(shard: &Shard, id: &SpiffeId) -> Option<Key> {
     shard.pool.holds(&key).then_some(key)
 }
 
-/// Makes a connection, and has the other threads make theirs.
+/// Makes a connection, and has workloads of both nodes prove themselves on it.
 async fn reach(shard: Shard, key: Key, tries: usize) -> Tried {
     let outcome = shard.pool.ahead(&key).await;
     if matches!(outcome, Ok(true)) {
-        // Whoever misses it dials when it needs to.
-        let _ = shard.words.send(Word::Ahead(key.clone()));
         let directory = shard.directory.load();
         let [ours, theirs] = [&shard.node, &key.destination].map(|node| {
             let enrolled = directory.enrolled_on(node.node_name().unwrap_or_default());

@@ -13,7 +13,7 @@ use hauberk::ca::Ca;
 use hauberk::config::TunnelConfig;
 use hauberk::hbone::client::Ask;
 use hauberk::identity::revocation::{Revocations, Subject};
-use hauberk::pool::{Failure, Key, Route, Word};
+use hauberk::pool::{Failure, Key, Route, Seat, Word};
 use hauberk::trust::Trust;
 use hauberk::verdict::Reason;
 use tokio::net::TcpListener;
@@ -156,6 +156,39 @@ async fn who_has_proven_themselves_ahead_waits_for_nothing_and_does_so_again_aft
         tokio::task::yield_now().await;
     }
     assert_eq!(far.seen.lock().unwrap().handshakes, 2);
+}
+
+#[tokio::test]
+async fn a_thread_makes_a_connection_of_its_own_when_streams_come_often() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let ca = authority();
+    let far = far(&ca);
+    let address = far.serve(node("n2")).await;
+    let near = near(&ca);
+    let pools: Vec<_> = Seat::row()
+        .take(2)
+        .map(|seat| near.seated(TunnelConfig::default(), &broadcast::Sender::new(8), seat))
+        .collect();
+    let between = Key { source: node("n1"), destination: node("n2"), address };
+    let route = route(address, between.clone());
+    let handshakes = || far.seen.lock().unwrap().handshakes;
+    let now = Instant::now();
+    pools[0].ahead(&between).await.unwrap();
+    for later in [0, 1, 2] {
+        assert_eq!(pools[1].home(&between, now + SECOND * later), Some(0), "after {later} s");
+        exchange(&pools[0], &route, 0, now).await;
+    }
+    assert_eq!(pools[0].home(&between, now), None, "it has one");
+    assert_eq!(handshakes(), 1);
+    let often = now + SECOND * 5 / 2;
+    assert_eq!(pools[1].home(&between, often), None, "two within a second");
+    exchange(&pools[1], &route, 0, now).await;
+    assert_eq!(pools[1].home(&between, often + SECOND), None, "it has its own now");
+    assert_eq!(handshakes(), 2);
+    // Where nothing is left, whoever needs a connection is the one who has it.
+    pools.iter().for_each(|pool| pool.sweep(often + SECOND, Duration::ZERO));
+    assert_eq!(pools[1].home(&between, often + SECOND), None);
+    assert_eq!(pools[0].home(&between, often + SECOND), Some(1));
 }
 
 #[tokio::test]

@@ -17,7 +17,8 @@ use hauberk::capacity::calibrate::{calibrate, thread_cpu};
 use hauberk::capacity::flow::Way;
 use hauberk::capacity::model::Prediction;
 use hauberk::capacity::scenario::Ratios;
-use hauberk::pool::{Key, Pool, Route, Word};
+use hauberk::config::TunnelConfig;
+use hauberk::pool::{Key, Pool, Route, Seat};
 use measured::{carried, prediction, tap, within, within_twice};
 use tokio::sync::broadcast;
 
@@ -36,16 +37,11 @@ struct Use {
     lifetime: Duration,
 }
 
-/// A thread of an agent's data path, as `shard` is one.
-struct Thread {
-    pool: Pool,
-    told: broadcast::Receiver<Word>,
-}
-
 /// A node: who dials there, and who accepts.
 struct Member {
     agent: Agent,
-    threads: Vec<Thread>,
+    /// Those of its threads.
+    pools: Vec<Pool>,
     far: Far,
     /// Where it is reached.
     address: SocketAddr,
@@ -70,9 +66,9 @@ impl Member {
     async fn new(ca: &Ca, number: usize, resume: bool, tapped: bool) -> Self {
         let ids = (0..SERVICES).map(|n| workload("s", n)).chain([name(number)]);
         let agent = Agent::new(ca, ids, resume);
-        let others = broadcast::Sender::new(64);
-        let thread = |_| Thread { pool: agent.pool(&others), told: others.subscribe() };
-        let threads = (0..THREADS).map(thread).collect();
+        let words = broadcast::Sender::new(1);
+        let pool = |seat| agent.seated(TunnelConfig::default(), &words, seat);
+        let pools = Seat::row().take(THREADS).map(pool).collect();
         let far = Far::new(agent.clone(), "s");
         let mut address = far.serve(name(number)).await;
         let bytes = tapped.then(|| {
@@ -80,7 +76,7 @@ impl Member {
             (address, bytes) = tap(address);
             bytes
         });
-        Self { agent, threads, far, address, bytes }
+        Self { agent, pools, far, address, bytes }
     }
 }
 
@@ -119,7 +115,7 @@ impl Cluster {
     }
 
     fn pools(&self) -> impl Iterator<Item = &Pool> {
-        self.members.iter().flat_map(|member| member.threads.iter().map(|thread| &thread.pool))
+        self.members.iter().flat_map(|member| &member.pools)
     }
 
     fn sweep(&self) {
@@ -164,7 +160,7 @@ impl Cluster {
             } else {
                 (0..SERVICES).for_each(|n| member.agent.trust.insert(svid(&self.ca, &workload("s", n))));
             }
-            member.threads.iter().for_each(|thread| thread.pool.refresh(Duration::ZERO));
+            member.pools.iter().for_each(|pool| pool.refresh(Duration::ZERO));
         }
     }
 
@@ -172,31 +168,16 @@ impl Cluster {
     async fn connection(&mut self) {
         let [from, to] = [0, 1].map(|_| self.random.usize(..NODES));
         let [source, number] = [0, 1].map(|_| self.random.usize(..SERVICES));
-        let thread = self.random.usize(..THREADS);
+        let pools = &self.members[from].pools;
+        let accepted = self.random.usize(..THREADS);
         let (address, destination) = (self.members[to].address, workload("s", number));
         let between = Key { source: name(from), destination: name(to), address };
         let workload = Key { source: workload("s", source), destination, address };
-        let route = Route { workload, node: Some(between) };
-        exchange(&self.members[from].threads[thread].pool, &route, number, self.began).await;
-        if self.hear() {
-            self.quiet().await;
-        }
+        let route = Route { workload, node: Some(between.clone()) };
+        let thread = pools[accepted].home(&between, self.began + self.passed).unwrap_or(accepted);
+        exchange(&pools[thread], &route, number, self.began).await;
         // The pool sees now that the connection is idle.
         self.sweep();
-    }
-
-    /// Lets threads hear what others have dialled; whether anything was.
-    fn hear(&mut self) -> bool {
-        let mut told = false;
-        for thread in self.members.iter_mut().flat_map(|member| &mut member.threads) {
-            while let Ok(word) = thread.told.try_recv() {
-                if let Word::Needed(key) = word {
-                    thread.pool.warm(&key);
-                    told = true;
-                }
-            }
-        }
-        told
     }
 
     /// Waits until nobody dials.
@@ -233,7 +214,7 @@ impl Cluster {
 
     /// Closes every connection; bytes that went over all there were.
     async fn close(&mut self) -> f64 {
-        self.members.iter_mut().for_each(|member| member.threads.clear());
+        self.members.iter_mut().for_each(|member| member.pools.clear());
         // What drives the connections runs on this thread.
         tokio::time::sleep(Duration::from_millis(200)).await;
         let all = self.members.iter().filter_map(|member| Some((member.bytes.as_ref()?, &member.far.begun)));

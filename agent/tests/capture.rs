@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use hauberk::capture::{Capture, mount};
+use hauberk::capture::{Capture, Pods, mount};
 use hauberk::config::CaptureConfig;
 
 /// A cgroup and a place for a bpffs; both go with it.
@@ -46,14 +46,14 @@ impl Drop for Place {
 #[tokio::test]
 async fn what_is_pinned_outlives_the_agent_is_adopted_and_can_be_removed() {
     let place = Place::new();
-    let first = Capture::start(&place.config, 15008, &["10.0.0.1".parse().unwrap()]).unwrap();
+    let first = Capture::start(&place.config, 15008, &["10.0.0.1".parse().unwrap()], Pods::Named).unwrap();
     assert!(first.set_mesh(["10.1.1.1".parse().unwrap()].into_iter()).unwrap(), "a member was added");
     let pins = place.pins();
     let links = pins.keys().filter(|name| name.starts_with("cgroup-")).count();
-    assert_eq!((links, pins.len() - links), (5, 10), "five hooks and ten maps: {pins:?}");
+    assert_eq!((links, pins.len() - links), (5, 14), "five hooks and fourteen maps: {pins:?}");
     drop(first);
     assert_eq!(place.pins(), pins, "nothing goes with the agent");
-    let second = Capture::start(&place.config, 15008, &[]).unwrap();
+    let second = Capture::start(&place.config, 15008, &[], Pods::Named).unwrap();
     assert_eq!(place.pins(), pins, "the very same links and maps: nothing is attached twice");
     let same = second.set_mesh(["10.1.1.1".parse().unwrap()].into_iter()).unwrap();
     assert!(!same, "the members are still known");
@@ -66,7 +66,28 @@ async fn what_is_pinned_outlives_the_agent_is_adopted_and_can_be_removed() {
 async fn a_cgroup_that_is_not_there_is_named() {
     let mut place = Place::new();
     let cgroup = std::mem::replace(&mut place.config.cgroup, "no/such/cgroup".into());
-    let error = Capture::start(&place.config, 15008, &[]).unwrap_err().to_string();
+    let error = Capture::start(&place.config, 15008, &[], Pods::Named).unwrap_err().to_string();
     assert!(error.contains("no/such/cgroup") && error.contains("capture.cgroup"), "{error}");
     place.config.cgroup = cgroup;
+}
+
+#[tokio::test]
+async fn a_guard_shuts_the_gate_for_an_agent_to_come_and_makes_the_pods_cgroup() {
+    let mut place = Place::new();
+    std::fs::remove_dir(&place.cgroup).unwrap();
+    Capture::guard(&place.config, &["10.96.0.1:443".to_owned().try_into().unwrap()]).unwrap();
+    assert!(place.cgroup.is_dir(), "where the kubelet will put pods");
+    let pins = place.pins();
+    assert_eq!(pins.keys().filter(|name| name.starts_with("cgroup-")).count(), 6, "{pins:?}");
+    let agent = Capture::start(&place.config, 15008, &[], Pods::ByCgroup).unwrap();
+    assert_eq!(place.pins(), pins, "the agent takes over what the guard has pinned");
+    assert!(agent.news().is_some(), "and hears of new cgroups");
+    drop(agent);
+    // What another version left goes when it is no longer needed.
+    let old = place.config.bpffs.join("v0");
+    std::fs::create_dir(&old).unwrap();
+    let agent = Capture::start(&place.config, 15008, &[], Pods::ByCgroup).unwrap();
+    agent.remove_other_versions().unwrap();
+    assert!(!old.exists() && place.pins() == pins);
+    place.config.cgroup = place.cgroup.clone();
 }

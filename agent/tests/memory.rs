@@ -19,7 +19,7 @@ use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
 use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Key, Pool, Route};
+use hauberk::pool::{Key, Pool, Route, Seat};
 use hauberk::relay;
 use hauberk::telemetry::{Metrics, Observe};
 use hauberk::tls;
@@ -118,7 +118,7 @@ async fn near(listener: TcpListener, trust: Arc<Trust>, peer: SocketAddr, app: S
     let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
     let tls = Memory::new(Some(tls::ticket::fleeting()), observe.clone());
     let dialer = Dialer::new(trust, tls, Arc::new(TunnelConfig::default()), observe);
-    let pool = Pool::new(dialer, 4096, tokio::sync::broadcast::Sender::new(1));
+    let pool = Pool::new(dialer, 4096, tokio::sync::broadcast::Sender::new(1), Seat::default());
     let workload = Key { source: id("client"), destination: id("server"), address: peer };
     let route = Arc::new(Route { workload, node: None });
     let listener = tokio::net::TcpListener::from_std(listener).unwrap();

@@ -16,7 +16,7 @@ use hauberk::identity::revocation::{Revocations, Serial, Subject};
 use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Key, Pool, Route};
+use hauberk::pool::{Key, Pool, Route, Seat};
 use hauberk::relay;
 use hauberk::telemetry::{Metrics, Observe};
 use hauberk::tls;
@@ -122,7 +122,7 @@ fn pool(root: &Root) -> (Arc<Trust>, Pool) {
     let observe = Observe::new(Arc::new(Metrics::new().unwrap()));
     let tls = Memory::new(Some(tls::ticket::fleeting()), observe.clone());
     let dialer = Dialer::new(Arc::clone(&trust), tls, Arc::new(TunnelConfig::default()), observe);
-    (trust, Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1)))
+    (trust, Pool::new(dialer, 1000, tokio::sync::broadcast::Sender::new(1), Seat::default()))
 }
 
 async fn near(root: &Root, peer: SocketAddr, who: &str, app: SocketAddr) -> Near {

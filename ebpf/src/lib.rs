@@ -13,7 +13,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of this contract: the name of the directory that maps and links are pinned in.
-pub const VERSION: &str = "v1";
+pub const VERSION: &str = "v2";
 
 /// Most outbound listener ports in one pod.
 pub const MAX_LISTENER_PORTS: usize = 4;
@@ -61,6 +61,8 @@ row! {
 pub const MODE_STRICT: u16 = 1;
 /// [`Pod::mode`]: plaintext from outside passes and is counted.
 pub const MODE_PERMISSIVE: u16 = 2;
+/// [`Pod::mode`]: strict, and its capture could not be verified: nothing with members, and nothing from outside.
+pub const MODE_CLOSED: u16 = 3;
 
 /// [`Pod::when_down`]: let permissive connections out in plaintext.
 pub const DOWN_OPEN: u16 = 1;
@@ -181,6 +183,67 @@ row! {
     }
 }
 
+row! {
+    /// Key of `PROBES`: a connection of the kubelet's to a pod of its node, as the pod sees it.
+    Probe, 36, {
+        /// The pod's address.
+        pod: Addr,
+        /// The kubelet's address.
+        from: Addr,
+        /// The pod's port.
+        port: u16,
+        /// The kubelet's port.
+        from_port: u16,
+    }
+}
+
+row! {
+    /// Value of `GATE` (array of one): what pods may do that the agent has not judged yet.
+    Gate, 16, {
+        /// The node's own network namespace, by cookie: what runs in it is never held back.
+        node: u64,
+        /// One of the `GATE_` constants.
+        state: u32,
+        /// Always zero.
+        reserved: u32,
+    }
+}
+
+/// [`Gate::state`]: nobody is held back; pods are not told apart by their cgroups.
+pub const GATE_OPEN: u32 = 0;
+/// [`Gate::state`]: who is not judged reaches no member, and nobody reaches it.
+pub const GATE_MEMBERS: u32 = 1;
+/// [`Gate::state`]: the members are not known yet, so who is not judged reaches only `REACHABLE`.
+pub const GATE_ALL: u32 = 2;
+
+/// Value of `JUDGED` (key: a pod's cgroup ID, `u64`): not in the mesh, or free to go round it.
+pub const JUDGED_FREE: u32 = 1;
+/// Value of `JUDGED`: enrolled, and closed to whatever is not captured.
+pub const JUDGED_STRICT: u32 = 2;
+
+row! {
+    /// Key of `REACHABLE`: where pods may connect to before it is known who is in the mesh.
+    Place, 20, {
+        /// The address; zero stands for every one.
+        addr: Addr,
+        /// The port; zero stands for every one.
+        port: u16,
+        /// Always zero.
+        reserved: u16,
+    }
+}
+
+/// Most bytes of a cgroup's path that are told.
+pub const PATH_BYTES: usize = 256;
+
+row! {
+    /// A record of `CGROUPS` (ring buffer): a cgroup was made, or a process was moved into it.
+    Cgroup, 256, {
+        /// Its path below the root of its hierarchy, ended by a zero.
+        path: [u8; PATH_BYTES],
+    }
+}
+
 /// Index of `VERDICTS` (per-CPU array of `u64` counts) and value of [`Event::verdict`].
 ///
 /// A connection was rewritten to the agent.
@@ -189,7 +252,7 @@ pub const VERDICT_CAPTURED: u32 = 0;
 pub const VERDICT_PLAINTEXT_ACCEPTED: u32 = 1;
 /// Plaintext from outside was refused at a strict pod.
 pub const VERDICT_PLAINTEXT_REFUSED: u32 = 2;
-/// A health probe from an exempt address reached a strict pod.
+/// A health probe, of the kubelet itself or from an exempt address, reached a strict pod.
 pub const VERDICT_PROBE_ACCEPTED: u32 = 3;
 /// Someone outside the pod tried the agent's own listener ports.
 pub const VERDICT_LISTENER_REFUSED: u32 = 4;
@@ -199,10 +262,12 @@ pub const VERDICT_EGRESS_DROPPED: u32 = 5;
 pub const VERDICT_BYPASSED: u32 = 6;
 /// A connection could not be captured (no room, no address of that family) and was refused.
 pub const VERDICT_CAPTURE_FAILED: u32 = 7;
+/// A connection of or to a pod that the agent has not judged yet was refused.
+pub const VERDICT_HELD: u32 = 8;
 /// A connection was left alone because its pod excludes it; of those from the pod, only those to members.
-pub const VERDICT_EXCLUDED: u32 = 8;
+pub const VERDICT_EXCLUDED: u32 = 9;
 /// How many verdicts there are.
-pub const VERDICT_COUNT: u32 = 9;
+pub const VERDICT_COUNT: u32 = 10;
 
 /// The agent writes `HEARTBEAT[0]` (nanoseconds, `CLOCK_MONOTONIC`) every second; an older one than
 /// this means that no agent runs.

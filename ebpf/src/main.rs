@@ -11,12 +11,17 @@ fn main() {}
 #[cfg(target_arch = "bpf")]
 mod ctx;
 #[cfg(target_arch = "bpf")]
+mod gate;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod program {
+    mod cgroups;
     mod connect;
     mod getpeername;
     mod guard;
+    mod inbound;
+    mod kubelet;
     mod lookup;
     mod sockops;
 }

@@ -7,8 +7,8 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use ebpf::{
-    Addr, Captured, Delivery, Event, ExcludedPort, OUTBOUND, OriginalDst, Peer, Pod, TrueSource,
-    VERDICT_COUNT,
+    Addr, Captured, Cgroup, Delivery, Event, ExcludedPort, Gate, OUTBOUND, OriginalDst, Peer, Place, Pod,
+    Probe, TrueSource, VERDICT_COUNT,
 };
 
 /// Tables that are nearly empty most of the time take memory only for what is in them.
@@ -26,6 +26,9 @@ pub(crate) static POD_ADDRS: HashMap<Addr, Pod, 16_384, ON_DEMAND> = HashMap::ne
 /// Sources whose plaintext is a health probe.
 #[btf_map]
 pub(crate) static EXEMPT: HashMap<Addr, u32, 256, ON_DEMAND> = HashMap::new();
+/// The kubelet's own connections to pods, from before their SYN until they end.
+#[btf_map]
+pub(crate) static PROBES: HashMap<Probe, u32, 65_536, ON_DEMAND> = HashMap::new();
 /// Ports whose connections pods leave alone.
 #[btf_map]
 pub(crate) static EXCLUDED_PORTS: HashMap<ExcludedPort, u32, 65_536, ON_DEMAND> = HashMap::new();
@@ -47,6 +50,18 @@ pub(crate) static VERDICTS: PerCpuArray<u64, { VERDICT_COUNT as usize }> = PerCp
 /// Verdicts that a human wants to hear of.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
+/// What pods may do that are not judged yet.
+#[btf_map]
+pub(crate) static GATE: Array<Gate, 1> = Array::new();
+/// Pods that the agent has judged, by the ID of their cgroup.
+#[btf_map]
+pub(crate) static JUDGED: HashMap<u64, u32, 8_192, ON_DEMAND> = HashMap::new();
+/// Where everybody may connect to while nobody is judged.
+#[btf_map]
+pub(crate) static REACHABLE: HashMap<Place, u32, 1_024, ON_DEMAND> = HashMap::new();
+/// Cgroups that were made or entered.
+#[btf_map]
+pub(crate) static CGROUPS: RingBuf<Cgroup, 262_144> = RingBuf::new();
 /// When the agent was last alive.
 #[btf_map]
 pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();

@@ -75,7 +75,7 @@ fn peers_that_cannot_prove_who_they_are() {
     siege.refused_for("unknown_issuer", 1);
 
     // Another trust domain's name from our CA.
-    let pem = std::fs::read_to_string(siege.world.dir().join("authority/ca.pem")).unwrap();
+    let pem = siege.world.root_pem().unwrap();
     let foreign_domain = TrustDomain::parse("elsewhere.test").unwrap();
     let foreign = Ca::from_pem(foreign_domain.clone(), &pem).unwrap();
     let foreign_id = SpiffeId::workload(&foreign_domain, "demo", "client").unwrap();

@@ -167,7 +167,7 @@ fn a_revoked_node_gets_nothing_any_more_and_its_tunnels_die() {
 /// Whether the authority lets in who has a certificate of this node.
 fn knows(world: &World, node: &str) -> bool {
     let domain = TrustDomain::parse("test.local").unwrap();
-    let pem = std::fs::read_to_string(world.dir().join("authority/ca.pem")).unwrap();
+    let pem = world.root_pem().unwrap();
     let ca = Ca::from_pem(domain.clone(), &pem).unwrap();
     let key = Keypair::generate().unwrap();
     let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
@@ -255,5 +255,5 @@ fn the_commands_say_what_is_wrong() {
     assert_eq!(listed["revocations"][0]["state"], "banned");
     std::fs::write(state.join("revocations.json"), "[]").unwrap();
     let error = fails(&["revocations"]);
-    assert!(error.contains("revocations.json") && error.contains("not a list"), "{error}");
+    assert!(error.contains("revocations.json") && error.contains("not what the authority wrote"), "{error}");
 }

@@ -81,7 +81,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    pub(crate) fn start(
+    pub(crate) fn configure(
         node: &str,
         host: &Host,
         dir: PathBuf,
@@ -111,15 +111,13 @@ impl Agent {
         writeln!(config, "capture:\n  cgroup: {}\n  bpffs: {}/bpf", cgroup.display(), dir.display())?;
         config.push_str(&options.agent_yaml);
         std::fs::write(dir.join("agent.yaml"), config)?;
-        let mut agent = Self {
+        Ok(Self {
             process: None,
             netns: host.netns(),
             host: host.name.clone(),
             dir,
             log: options.log.clone(),
-        };
-        agent.spawn()?;
-        Ok(agent)
+        })
     }
 
     /// The configuration file.
@@ -237,6 +235,27 @@ impl Agent {
         let status = process.wait(limit)?;
         anyhow::ensure!(status.success(), "the agent ended with {status}");
         Ok(began.elapsed())
+    }
+
+    /// Starts a successor beside it, which takes over; the one that is drained then.
+    ///
+    /// # Errors
+    /// When the successor does not get ready.
+    pub fn upgrade(&mut self) -> Result<Process> {
+        const DONE: &str = "the agent runs";
+        let before = self.log().matches(DONE).count();
+        let old = self.process.take().context("the agent does not run")?;
+        self.spawn()?;
+        let until = Instant::now() + Duration::from_secs(60);
+        while self.log().matches(DONE).count() == before {
+            let runs = self.process.as_mut().is_some_and(Process::runs);
+            if !runs || Instant::now() > until {
+                bail!("the successor did not take over:\n{}", self.log_tail(20));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.wait_ready()?;
+        Ok(old)
     }
 
     /// Starts it again on the same configuration; does not wait for it.

@@ -16,7 +16,7 @@ use crate::process::{self, Output, Place, Process};
 pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// A namespace with a name, and maybe a cgroup.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Host {
     /// The namespace's name, as `ip netns` knows it.
     pub name: String,

@@ -212,6 +212,21 @@ impl World {
     /// # Errors
     /// When a namespace, link or cgroup cannot be made.
     pub fn pod(&mut self, name: &str, node: &str, mode: Mode) -> Result<&Pod> {
+        self.bare_pod(name, node, mode)?;
+        if self.cluster.is_some() {
+            let pause = self.get(name).host.spawn("sleep", &["infinity"])?;
+            self.get_mut(name).pause = Some(pause);
+            self.tell_addresses(name)?;
+        }
+        Ok(self.get(name))
+    }
+
+    /// Makes a pod as far as a kubelet has come before its sandbox's first process: object, cgroup and
+    /// network are there; nobody has told its addresses.
+    ///
+    /// # Errors
+    /// As [`World::pod`].
+    pub fn bare_pod(&mut self, name: &str, node: &str, mode: Mode) -> Result<&Pod> {
         let number = u8::try_from(self.pods.len() + 2).context("too many pods")?;
         let node_number = if node == "n1" { 1 } else { 2 };
         let cgroup = self.pods_cgroup(node)?.join(match &self.cluster {
@@ -237,15 +252,21 @@ impl World {
         on.ip(&["route", "add", &v4.to_string(), "dev", &link])?;
         on.ip(&["-6", "route", "add", &v6.to_string(), "dev", &link])?;
         let namespace = "demo".into();
-        let mut pod = Pod { host, node: node.into(), v4, v6, mode, pause: None, listed: true, namespace };
-        if let Some(cluster) = &self.cluster {
-            pod.pause = Some(pod.host.spawn("sleep", &["infinity"])?);
-            let status = json!({"phase": "Running", "podIP": v4, "podIPs": [{"ip": v4}, {"ip": v6}]});
-            let path = format!("/api/v1/namespaces/demo/pods/{name}/status");
-            cluster.patch(self.host("n1"), &path, &json!({"status": status}))?;
-        }
+        let pod = Pod { host, node: node.into(), v4, v6, mode, pause: None, listed: true, namespace };
         self.pods.insert(name.into(), pod);
         Ok(self.get(name))
+    }
+
+    /// Tells the API server a pod's addresses, as a kubelet does some time after it has started.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub fn tell_addresses(&mut self, name: &str) -> Result<()> {
+        let (v4, v6) = (self.get(name).v4, self.get(name).v6);
+        let status = json!({"phase": "Running", "podIP": v4, "podIPs": [{"ip": v4}, {"ip": v6}]});
+        let path = format!("/api/v1/namespaces/demo/pods/{name}/status");
+        let (cluster, host) = self.kubernetes();
+        cluster.patch(host, &path, &json!({"status": status})).map(drop)
     }
 
     /// Adds a real API server to a new world, which agents and authority take for their directory from then
@@ -308,10 +329,23 @@ impl World {
     /// # Errors
     /// When the API server refuses.
     pub fn delete_pod(&mut self, name: &str) -> Result<()> {
-        let (cluster, host) = self.kubernetes();
-        cluster.delete(host, &format!("/api/v1/namespaces/demo/pods/{name}"))?;
-        self.get_mut(name).pause = None;
+        self.delete_object(name)?;
+        self.end_sandbox(name);
         Ok(())
+    }
+
+    /// Deletes a pod's object and nothing else.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub fn delete_object(&mut self, name: &str) -> Result<()> {
+        let (cluster, host) = self.kubernetes();
+        cluster.delete(host, &format!("/api/v1/namespaces/demo/pods/{name}"))
+    }
+
+    /// Ends the process that a container runtime keeps in every pod.
+    pub fn end_sandbox(&mut self, name: &str) {
+        self.get_mut(name).pause = None;
     }
 
     fn get_mut(&mut self, name: &str) -> &mut Pod {
@@ -502,6 +536,17 @@ impl World {
         listening.with_context(|| std::fs::read_to_string(dir.join("authority.log")).unwrap_or_default())
     }
 
+    /// The authority's root: certificate and key (PEM).
+    ///
+    /// # Errors
+    /// When there is none yet.
+    pub fn root_pem(&self) -> Result<String> {
+        let text = std::fs::read_to_string(self.dir().join("authority/trust.json"))?;
+        let state: serde_json::Value = serde_json::from_str(&text)?;
+        let part = |key: &str| state["roots"][0][key].as_str().context("trust.json has no root");
+        Ok(format!("{}{}", part("certificate")?, part("key")?))
+    }
+
     /// Stops the authority.
     pub fn stop_authority(&mut self) {
         self.authority = None;
@@ -525,10 +570,19 @@ impl World {
     /// When it cannot be started.
     pub fn start_agent(&mut self, node: &str) -> Result<()> {
         let token = self.authority_command(&["token", "--node", node])?;
+        self.configure_agent(node)?;
+        std::fs::write(self.dir().join(node).join("token"), token)?;
+        self.agent(node).start_again()
+    }
+
+    /// Writes a node's agent's configuration, without starting it; where that is.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn configure_agent(&mut self, node: &str) -> Result<PathBuf> {
         let dir = self.dir().join(node);
         std::fs::create_dir_all(&dir)?;
-        std::fs::write(dir.join("token"), token)?;
-        let agent = Agent::start(
+        let agent = Agent::configure(
             node,
             self.host(node),
             dir,
@@ -537,8 +591,9 @@ impl World {
             &self.pods_cgroup(node)?,
             &self.options,
         )?;
+        let config = agent.config();
         self.agents.insert(node.into(), agent);
-        Ok(())
+        Ok(config)
     }
 
     /// Listens to the wire between the nodes.

@@ -6,6 +6,7 @@ use nix::sys::utsname::uname;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::State;
+use crate::enrol::Standing;
 use crate::fleet::reach::Reach;
 use crate::fleet::report::{MAX_LISTED, Report};
 
@@ -13,8 +14,7 @@ impl State {
     /// What holds now.
     pub fn report(&self, reach: &Reach) -> Report {
         let enrolled = self.enrolled.now();
-        let reasons =
-            enrolled.iter().filter_map(|(name, how)| Some(format!("{name}: {}", how.as_ref().err()?)));
+        let reasons = enrolled.iter().filter_map(|(name, how)| Some(format!("{name}: {}", how.fault()?)));
         let not_enrolled: Vec<String> = reasons.collect();
         let rotation = self.rotation.now();
         let failures =
@@ -30,7 +30,7 @@ impl State {
             policies: self.policies.digest().map(|digest| digest.as_str().to_owned()),
             policy_fault: self.policies.fault(),
             directory_fault: self.directory.standing().faults(),
-            enrolled: enrolled.len() - not_enrolled.len(),
+            enrolled: enrolled.values().filter(|how| **how == Standing::Enrolled).count(),
             not_enrolled: not_enrolled.len(),
             why_not_enrolled: not_enrolled.into_iter().take(MAX_LISTED).collect(),
             roots_until: roots

@@ -6,19 +6,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
-use crate::enrol;
+use crate::enrol::{self, Standing};
+use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::crl::Listed;
 use crate::policy::Policies;
 use crate::rotate;
 use crate::telemetry::Metrics;
 use crate::telemetry::metrics::{PolicyCounts, PolicyStanding};
-use crate::trust::Trust;
+use crate::trust::{Snapshot, Trust};
 
 /// What has to hold before the agent is ready, each with the reason why it does not yet.
 #[derive(Debug)]
@@ -94,7 +95,8 @@ impl State {
     }
 
     fn render(&self) -> String {
-        let enrolled = self.enrolled.now().values().filter(|outcome| outcome.is_ok()).count();
+        let enrolled =
+            self.enrolled.now().values().filter(|standing| **standing == Standing::Enrolled).count();
         let loaded = self.policies.loaded();
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let policies = loaded.policies().map(|(policy, _)| PolicyCounts {
@@ -107,7 +109,7 @@ impl State {
         let margin = rotate::margin(&trust, self.availability_target, SystemTime::now());
         let page = self.metrics.render(&trust, self.capture.verdicts(), &policies, margin, enrolled);
         let policies = self.policies.standing().map(|standing| standing.render());
-        page + &self.directory.standing().render() + &policies.unwrap_or_default()
+        page + &self.enrolled.render() + &self.directory.standing().render() + &policies.unwrap_or_default()
     }
 
     fn ready(&self) -> Page {
@@ -141,8 +143,8 @@ impl State {
             "missing": self.readiness.missing(),
             "meshWorkloads": directory.workloads().count(),
             "directoryError": self.directory.standing().faults(),
-            "enrolled": enrolled.values().filter(|outcome| outcome.is_ok()).count(),
-            "notEnrolled": enrolled.values().filter(|outcome| outcome.is_err()).count(),
+            "enrolled": enrolled.values().filter(|standing| **standing == Standing::Enrolled).count(),
+            "notEnrolled": enrolled.values().filter_map(Standing::fault).count(),
             "policies": self.policies.loaded().policies().count(),
             "meshPolicies": self.policies.mesh().load().count(),
             "policyDigest": self.policies.digest().as_deref(),
@@ -152,6 +154,7 @@ impl State {
             "availabilityTargetSeconds": margin.target.map(|target| target.as_secs()),
             "warning": warning,
             "roots": trust.bundle.roots().len(),
+            "rootsGeneration": trust.bundle.generation(),
             "revocations": trust.bundle.revocations().entries().len(),
             "crls": trust.bundle.crls().0.len(),
             "crlErrors": crl_errors(&trust.bundle),
@@ -167,8 +170,9 @@ impl State {
             .map(|workload| {
                 let name = workload.full_name();
                 let state = match enrolled.get(&name) {
-                    Some(Ok(())) => "enrolled".to_owned(),
-                    Some(Err(reason)) => format!("not enrolled: {reason}"),
+                    Some(Standing::Enrolled) => "enrolled".to_owned(),
+                    Some(Standing::Waiting(reason)) => format!("waiting: {reason}"),
+                    Some(Standing::Failed(reason)) => format!("not enrolled: {reason}"),
                     None if workload.node == self.node => "off".to_owned(),
                     None => "remote".to_owned(),
                 };
@@ -206,27 +210,38 @@ impl State {
     }
 
     fn certs(&self) -> Page {
-        let standing = self.rotation.now();
+        let (standing, now) = (self.rotation.now(), SystemTime::now());
         let trust = self.trust.snapshot();
-        let mut rows: Vec<_> = standing
-            .iter()
-            .map(|(id, how)| {
-                let leaf = trust.svids.get(id).map(|svid| svid.leaf());
-                let revoked = leaf.and_then(|leaf| trust.revoked(leaf)).map(|revoked| revoked.by);
-                json!({
-                    "id": id.as_str(),
-                    "serial": leaf.map(|leaf| &leaf.serial),
-                    "revoked": revoked,
-                    "expires": how.not_after.map(unix),
-                    "renewal": unix(how.next),
-                    "failures": how.failures,
-                    "error": how.last_error,
-                })
-            })
-            .collect();
+        let mut rows: Vec<_> = standing.iter().map(|(id, how)| cert(&trust, id, how, now)).collect();
         rows.sort_by_key(|row| row["id"].to_string());
         Page::json(&rows)
     }
+}
+
+/// One identity's SVID, and what becomes of it.
+fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, now: SystemTime) -> Value {
+    let leaf = trust.svids.get(id).map(|svid| svid.leaf());
+    let revoked = leaf.and_then(|leaf| trust.revoked(leaf)).map(|revoked| revoked.by);
+    let state = match leaf {
+        None => "not issued",
+        Some(leaf) if leaf.not_after <= now => "expired",
+        Some(_) if revoked.is_some() => "revoked",
+        Some(leaf) if leaf.not_before > now => "not valid yet",
+        Some(_) if how.failures > 0 => "valid, renewal fails",
+        Some(_) => "valid",
+    };
+    json!({
+        "id": id.as_str(),
+        "state": state,
+        "issuer": leaf.and_then(|leaf| leaf.chain.first()).map(|certificate| certificate.issuer_name()),
+        "serial": leaf.map(|leaf| &leaf.serial),
+        "notBefore": leaf.map(|leaf| unix(leaf.not_before)),
+        "notAfter": leaf.map(|leaf| unix(leaf.not_after)),
+        "renewal": unix(how.next),
+        "revoked": revoked,
+        "failures": how.failures,
+        "error": how.last_error,
+    })
 }
 
 /// What is wrong with CRLs, in words.
@@ -245,6 +260,36 @@ fn unix(time: SystemTime) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::{Ca, ProvenKey, create_root};
+    use crate::identity::TrustDomain;
+    use crate::identity::revocation::{Revocations, Subject};
+    use crate::issue::Keypair;
+
+    #[test]
+    fn a_certificate_is_told_with_its_issuer_its_times_and_its_state() {
+        let now = SystemTime::now();
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let ca = Ca::from_pem(domain.clone(), &create_root(&domain, now).unwrap()).unwrap();
+        let trust = Trust::new(ca.bundle().clone());
+        let id = SpiffeId::node(&domain, "n1").unwrap();
+        let hour = Duration::from_secs(3600);
+        let mut how = rotate::Standing { not_after: None, next: now, failures: 0, last_error: None };
+        assert_eq!(cert(&trust.snapshot(), &id, &how, now)["state"], "not issued");
+        let key = Keypair::generate().unwrap();
+        let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+        trust.insert(key.with_chain(ca.issue(&proven, &id, hour, now).unwrap()).unwrap());
+        let told = cert(&trust.snapshot(), &id, &how, now);
+        assert_eq!((&told["state"], &told["notAfter"]), (&json!("valid"), &json!(unix(now + hour))));
+        assert!(told["issuer"].as_str().unwrap().contains("td.test root"), "{told}");
+        (how.failures, how.last_error) = (1, Some("refused".into()));
+        let told = cert(&trust.snapshot(), &id, &how, now);
+        assert_eq!((&told["state"], &told["error"]), (&json!("valid, renewal fails"), &json!("refused")));
+        assert_eq!(cert(&trust.snapshot(), &id, &how, now + 2 * hour)["state"], "expired");
+        let mut list = Revocations::default();
+        list.revoke(Subject::SpiffeId(id.clone()), now).unwrap();
+        trust.set_revocations(list);
+        assert_eq!(cert(&trust.snapshot(), &id, &how, now)["state"], "revoked");
+    }
 
     #[test]
     fn readiness_names_what_is_missing_until_nothing_is() {

@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
-use super::Counters;
+use super::counters::Counters;
+use crate::ca::store::documents::Document;
 use crate::ca::store::{Store, StoreError};
-use crate::config::watch::stamp;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::Revocations;
 
@@ -22,7 +22,6 @@ pub(super) async fn follow(
     bundle: watch::Sender<Arc<TrustBundle>>,
     counters: Arc<Counters>,
 ) {
-    let path = store.revocations_path();
     counters.revocations(bundle.borrow().revocations());
     // Unknown at first: what changed between the first reading and now is read again.
     let mut seen = None;
@@ -37,12 +36,12 @@ pub(super) async fn follow(
                 })
             }, &bundle, &counters).await,
             _ = look.tick() => {
-                let now = stamp(&path);
+                let now = store.version(Document::Revocations);
                 if now.is_some() && now != seen {
                     in_background(&store, Store::revocations, &bundle, &counters).await;
                 }
                 if now.is_none() && seen.is_some() {
-                    tracing::error!(file = %path.display(), "the list of revocations is gone; what it said stays in force here");
+                    tracing::error!(file = Document::Revocations.name(), "the list of revocations is gone; what it said stays in force here");
                 }
                 seen = now;
             }

@@ -12,6 +12,7 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -19,51 +20,55 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
-use tower::ServiceBuilder;
 
+use super::counters::Counters;
+use super::istio::Istio;
+use super::keeper::Own;
 use super::proto::authority_server::AuthorityServer;
-use super::service::{Counters, Service};
-use crate::ca::{Ca, MAX_CSR_BYTES, ProvenKey};
+use super::service::Service;
+use crate::ca::{MAX_CSR_BYTES, ProvenKey};
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, X509Svid};
 use crate::issue::Keypair;
+use crate::issue::istio::proto::istio_certificate_service_server::IstioCertificateServiceServer;
 use crate::tls;
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Peers in a handshake at once: what an unauthenticated crowd can make the authority compute.
 const MAX_HANDSHAKES: usize = 64;
-/// Requests worked on at once, over all connections.
-const MAX_REQUESTS: usize = 256;
+/// Requests of one connection at once; how many there are of all is the queue's to bound.
+const MAX_STREAMS: u32 = 256;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The authority's own SVID; it signs it itself, so it can be short.
-const OWN_LIFETIME: Duration = Duration::from_secs(3600);
+pub(super) const OWN_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// Serves until `stop`, then lets open requests finish.
 pub(super) async fn serve(
     listener: TcpListener,
     service: Service,
-    ca: Arc<Ca>,
+    own: watch::Receiver<Arc<Own>>,
     bundle: watch::Receiver<Arc<TrustBundle>>,
     counters: Arc<Counters>,
     stop: CancellationToken,
 ) -> Result<()> {
     let (accepted, incoming) = mpsc::channel::<io::Result<Authenticated>>(16);
-    let own = Arc::new(OwnIdentity::new(ca, bundle)?);
-    let accepting = tokio::spawn(accept(listener, own, accepted, counters));
-    // Load is shed before it is computed: an agent that is told to come back comes back.
-    let layers = ServiceBuilder::new().load_shed().concurrency_limit(MAX_REQUESTS).into_inner();
-    let service = AuthorityServer::new(service).max_decoding_message_size(2 * MAX_CSR_BYTES);
+    let own = Arc::new(OwnIdentity::new(own, bundle)?);
+    // Ends with this, however this ends.
+    let mut accepting = JoinSet::new();
+    accepting.spawn(accept(listener, own, accepted, counters));
+    let service = Arc::new(service);
+    let istio = IstioCertificateServiceServer::new(Istio(Arc::clone(&service)));
+    let service = AuthorityServer::from_arc(service).max_decoding_message_size(2 * MAX_CSR_BYTES);
     let served = Server::builder()
         .timeout(REQUEST_TIMEOUT)
-        .max_concurrent_streams(256)
+        .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(8 * 1024)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .layer(layers)
         .add_service(service)
+        .add_service(istio.max_decoding_message_size(2 * MAX_CSR_BYTES))
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
         .await;
-    accepting.abort();
     Ok(served?)
 }
 
@@ -116,21 +121,22 @@ async fn authenticate(own: &OwnIdentity, tcp: TcpStream, address: SocketAddr) ->
 
 /// The authority's own SVID, made anew at half of its life, and whom it accepts now.
 struct OwnIdentity {
-    ca: Arc<Ca>,
+    own: watch::Receiver<Arc<Own>>,
     bundle: watch::Receiver<Arc<TrustBundle>>,
     now: Mutex<Option<Made>>,
 }
 
-/// A TLS configuration, when it was made, and the trust it was made from.
+/// A TLS configuration, when it was made, and what it was made from.
 struct Made {
     at: SystemTime,
+    own: Arc<Own>,
     bundle: Arc<TrustBundle>,
     config: Arc<ServerConfig>,
 }
 
 impl OwnIdentity {
-    fn new(ca: Arc<Ca>, bundle: watch::Receiver<Arc<TrustBundle>>) -> Result<Self> {
-        let own = Self { ca, bundle, now: Mutex::new(None) };
+    fn new(own: watch::Receiver<Arc<Own>>, bundle: watch::Receiver<Arc<TrustBundle>>) -> Result<Self> {
+        let own = Self { own, bundle, now: Mutex::new(None) };
         own.config(SystemTime::now())?;
         Ok(own)
     }
@@ -138,24 +144,27 @@ impl OwnIdentity {
     fn config(&self, now: SystemTime) -> Result<Arc<ServerConfig>> {
         // Replaced whole, so a panic elsewhere leaves a good one.
         let mut held = self.now.lock().unwrap_or_else(PoisonError::into_inner);
-        let bundle = Arc::clone(&self.bundle.borrow());
+        let (own, bundle) = (Arc::clone(&self.own.borrow()), Arc::clone(&self.bundle.borrow()));
         if let Some(made) = held.as_ref()
             && Arc::ptr_eq(&made.bundle, &bundle)
+            && Arc::ptr_eq(&made.own, &own)
             && now.duration_since(made.at).is_ok_and(|age| age < OWN_LIFETIME / 2)
         {
             return Ok(Arc::clone(&made.config));
         }
-        let config = tls::server::config_with_anonymous_clients(&self.svid(now)?, &bundle)?;
-        *held = Some(Made { at: now, bundle, config: Arc::clone(&config) });
+        let config = tls::server::config_with_anonymous_clients(&svid(&own, now)?, &bundle)?;
+        *held = Some(Made { at: now, own, bundle, config: Arc::clone(&config) });
         Ok(config)
     }
+}
 
-    fn svid(&self, now: SystemTime) -> Result<X509Svid> {
-        let key = Keypair::generate()?;
-        let proven = ProvenKey::from_csr(&key.csr()?)?;
-        let id = SpiffeId::authority(self.ca.domain());
-        Ok(key.with_chain(self.ca.issue(&proven, &id, OWN_LIFETIME, now)?)?)
-    }
+fn svid(own: &Own, now: SystemTime) -> Result<X509Svid> {
+    let key = Keypair::generate()?;
+    let proven = ProvenKey::from_csr(&key.csr()?)?;
+    let id = SpiffeId::authority(own.ca.domain());
+    let mut chain = own.ca.issue(&proven, &id, OWN_LIFETIME, now)?;
+    chain.extend(own.crosses.iter().cloned());
+    Ok(key.with_chain(chain)?)
 }
 
 /// Who is at the other end of a connection.

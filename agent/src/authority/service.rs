@@ -5,115 +5,77 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::{Stream, StreamExt, stream};
-use prometheus::{IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use super::counters::Counters;
+use super::ledger::{Ledger, Presence};
 use super::proto::authority_server::Authority;
-use super::proto::{AttestRequest, Bundle, IssueRequest, Svid, WatchBundleRequest};
+use super::proto::{Applied, AttestRequest, Bundle, IssueRequest, Svid};
+use super::queue::{Busy, Queue};
 use super::serve::PeerInfo;
 use super::wire;
-use crate::ca::store::{Redeemed, Store};
-use crate::ca::{BACKDATED, Ca, CaError, ProvenKey};
+use crate::ca::state::seconds;
+use crate::ca::store::{Redeemed, Store, StoreError};
+use crate::ca::{BACKDATED, CaError, ProvenKey};
 use crate::directory::Live;
-use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
-use crate::identity::revocation::{Revocations, Revoked};
+use crate::identity::revocation::{NodeName, Revoked};
 use crate::identity::svid::Leaf;
-use crate::policy::Policies;
-
-/// What the authority counts.
-#[derive(Debug)]
-pub struct Counters {
-    registry: Registry,
-    issued: IntCounterVec,
-    refused: IntCounterVec,
-    revocations: IntGauge,
-    generation: IntGauge,
-}
-
-impl Counters {
-    /// All at zero.
-    ///
-    /// # Errors
-    /// When two counters have one name, which is a mistake in this file.
-    pub fn new() -> prometheus::Result<Self> {
-        let registry = Registry::new();
-        let opts = |name, help| Opts::new(name, help);
-        let issued = IntCounterVec::new(
-            opts("hauberk_authority_issued_total", "SVIDs issued, by kind of identity."),
-            &["kind"],
-        )?;
-        let refused = IntCounterVec::new(
-            opts("hauberk_authority_refused_total", "Requests and handshakes refused, by reason."),
-            &["reason"],
-        )?;
-        let revocations = IntGauge::new("hauberk_authority_revocations", "Revocations in force.")?;
-        let generation = IntGauge::new(
-            "hauberk_authority_revocations_generation",
-            "Generation of the list of revocations.",
-        )?;
-        registry.register(Box::new(issued.clone()))?;
-        registry.register(Box::new(refused.clone()))?;
-        registry.register(Box::new(revocations.clone()))?;
-        registry.register(Box::new(generation.clone()))?;
-        Ok(Self { registry, issued, refused, revocations, generation })
-    }
-
-    /// Counts a refusal; `reason` is one of a fixed set.
-    pub(super) fn refused(&self, reason: &'static str) {
-        self.refused.with_label_values(&[reason]).inc();
-    }
-
-    /// Tells of the list in force.
-    pub(super) fn revocations(&self, list: &Revocations) {
-        self.revocations.set(i64::try_from(list.entries().len()).unwrap_or(i64::MAX));
-        self.generation.set(i64::try_from(list.generation()).unwrap_or(i64::MAX));
-    }
-
-    /// What is served at a path of the admin address.
-    pub fn page(&self, path: &str, directory: &Live, policies: &Policies) -> Option<String> {
-        match path {
-            "/metrics" => {
-                let own = TextEncoder::new().encode_to_string(&self.registry.gather()).ok()?;
-                let policies = policies.standing().map(|standing| standing.render()).unwrap_or_default();
-                Some(own + &directory.standing().render() + &policies)
-            }
-            "/healthz" | "/readyz" => Some("ok\n".into()),
-            _ => None,
-        }
-    }
-}
+use crate::identity::{SpiffeId, TrustDomain};
 
 /// The authority's gRPC service.
 pub(super) struct Service {
-    ca: Arc<Ca>,
-    store: Arc<Store>,
-    directory: Arc<Live>,
-    lifetime: Duration,
-    counters: Arc<Counters>,
-    bundle: watch::Sender<Arc<TrustBundle>>,
+    pub(super) domain: TrustDomain,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) store: Arc<Store>,
+    pub(super) directory: Arc<Live>,
+    pub(super) lifetime: Duration,
+    pub(super) counters: Arc<Counters>,
+    pub(super) bundle: watch::Sender<Arc<TrustBundle>>,
 }
 
+/// How often a node is listened to.
+const LISTEN_EVERY: Duration = Duration::from_millis(100);
+
+/// What is to be signed, and for whom.
+pub(super) struct Asked<'a> {
+    pub(super) id: &'a SpiffeId,
+    pub(super) node: &'a str,
+    /// At most the configured one.
+    pub(super) lifetime: Duration,
+    /// When what the node holds for it ends, by its own word: it can only put its own requests in order.
+    pub(super) held_until: u64,
+}
+
+/// Leaf first.
+pub(super) type Chain = Vec<CertificateDer<'static>>;
+
 /// A refusal: its label, and what the agent is told.
-struct Refusal(&'static str, Status);
+pub(super) struct Refusal(pub(super) &'static str, pub(super) Status);
 
 impl Service {
-    pub(super) fn new(
-        ca: Arc<Ca>,
-        store: Arc<Store>,
-        directory: Arc<Live>,
-        lifetime: Duration,
-        counters: Arc<Counters>,
-        bundle: watch::Sender<Arc<TrustBundle>>,
-    ) -> Self {
-        Self { ca, store, directory, lifetime, counters, bundle }
+    /// Whom a join token is for. It is used up when its SVID is signed ([`Service::redeem`]), or at once where
+    /// somebody has it who should not: whoever is told to come back, or sends a bad CSR, has it still.
+    fn admit(&self, request: &AttestRequest, now: SystemTime) -> Result<SpiffeId, Refusal> {
+        let id = SpiffeId::node(&self.domain, &request.node)
+            .map_err(|e| Refusal("bad_request", Status::invalid_argument(format!("node: {e}"))))?;
+        let good = self.store.peek(&request.join_token, &request.node, now);
+        let admitted = self.judge(good, request).and_then(|()| self.unbanned(&id, &request.node, now));
+        if admitted.is_err() {
+            self.redeem(request, now)?;
+        }
+        admitted.map(|()| id)
     }
 
-    fn admit(&self, request: &AttestRequest, now: SystemTime) -> Result<SpiffeId, Refusal> {
-        let id = SpiffeId::node(self.ca.domain(), &request.node)
-            .map_err(|e| Refusal("bad_request", Status::invalid_argument(format!("node: {e}"))))?;
+    fn redeem(&self, request: &AttestRequest, now: SystemTime) -> Result<(), Refusal> {
+        self.judge(self.store.redeem(&request.join_token, &request.node, now), request)
+    }
+
+    fn judge(&self, token: Result<Redeemed, StoreError>, request: &AttestRequest) -> Result<(), Refusal> {
         // The same words for every kind of bad token: a stranger learns nothing by trying.
         let denied = || {
             Status::permission_denied(format!(
@@ -121,9 +83,8 @@ impl Service {
                 request.node
             ))
         };
-        match self.store.redeem(&request.join_token, &request.node, now) {
-            // A revoked node's token is used up like any other.
-            Ok(Redeemed::Accepted) => self.unbanned(&id, &request.node, now).map(|()| id),
+        match token {
+            Ok(Redeemed::Accepted) => Ok(()),
             Ok(Redeemed::Unknown) => Err(Refusal("token_unknown", denied())),
             Ok(Redeemed::OtherNode) => Err(Refusal("token_other_node", denied())),
             Ok(Redeemed::Expired) => Err(Refusal("token_expired", denied())),
@@ -135,7 +96,7 @@ impl Service {
     }
 
     /// The identity that a node may have, out of what it asks for.
-    fn permit(&self, peer: &PeerInfo, asked: &str, now: SystemTime) -> Result<SpiffeId, Refusal> {
+    pub(super) fn permit(&self, peer: &PeerInfo, asked: &str, now: SystemTime) -> Result<SpiffeId, Refusal> {
         let Some(leaf) = &peer.leaf else {
             return Err(Refusal("no_client_certificate", Status::unauthenticated("present the node's SVID")));
         };
@@ -177,38 +138,62 @@ impl Service {
         self.bundle.borrow().revocations().judge(leaf)
     }
 
-    fn sign(&self, id: &SpiffeId, node: &str, csr: &[u8], now: SystemTime) -> Result<Svid, Refusal> {
+    /// Signs what has been permitted, when it is its node's turn.
+    pub(super) async fn sign(
+        &self,
+        asked: Asked<'_>,
+        csr: Vec<u8>,
+        now: SystemTime,
+    ) -> Result<Chain, Refusal> {
+        let Asked { id, node, lifetime, held_until } = asked;
+        let bad_request = |words: String| Refusal("bad_request", Status::invalid_argument(words));
+        let name = NodeName::parse(node).map_err(|e| bad_request(e.to_string()))?;
+        let slot = self.queue.admit(&name, csr.len()).map_err(busy)?;
+        let ca = self.ledger.begin(&name, now).await.map_err(|error| {
+            let words =
+                format!("the authority cannot write down what it issues, and so issues nothing: {error}");
+            Refusal("store", Status::unavailable(words))
+        })?;
         // A policy may shorten a life, never prolong it.
-        let wanted = self.directory.load().svid_lifetime(id, node);
-        let lifetime = wanted.map_or(self.lifetime, |wanted| wanted.min(self.lifetime));
-        let signed =
-            ProvenKey::from_csr(csr).and_then(|key| self.ca.issue_to(&key, id, Some(node), lifetime, now));
-        match signed {
-            Ok(chain) => Ok(Svid {
-                chain: chain.iter().map(|c| c.to_vec()).collect(),
-                bundle: Some(wire::roots(&self.bundle.borrow())),
-            }),
-            Err(error @ (CaError::Csr(_) | CaError::KeyKind | CaError::TrustDomain { .. })) => {
-                Err(Refusal("bad_csr", Status::invalid_argument(error.to_string())))
+        let most = self.directory.load().svid_lifetime(id, node).unwrap_or(self.lifetime);
+        let (id, lifetime) = (id.clone(), lifetime.min(self.lifetime).min(most));
+        let urgent = held_until < seconds(now + lifetime / 4);
+        let work = move || {
+            // The dear part.
+            let key = ProvenKey::for_id(&csr, &id)?;
+            ca.issue_to(&key, &id, Some(name.as_str()), lifetime, now)
+        };
+        match slot.run(held_until, urgent, work).await {
+            Some(Ok(chain)) => Ok(chain),
+            Some(Err(CaError::Csr(error))) => {
+                Err(Refusal(error.reason(), Status::invalid_argument(error.to_string())))
             }
-            Err(error) => {
+            Some(Err(error)) => {
                 tracing::error!(%error, "cannot sign");
                 Err(Refusal("internal", Status::internal(error.to_string())))
             }
+            None => Err(Refusal("internal", Status::internal("the authority failed; see its log"))),
+        }
+    }
+
+    fn svid(&self, chain: &[CertificateDer<'_>]) -> Svid {
+        Svid {
+            chain: chain.iter().map(|c| c.to_vec()).collect(),
+            bundle: Some(wire::roots(&self.bundle.borrow())),
         }
     }
 
     /// Logs and counts what became of a request.
-    fn answer(
+    pub(super) fn answer<T>(
         &self,
         peer: &PeerInfo,
         kind: &str,
         asked: &str,
-        outcome: Result<Svid, Refusal>,
-    ) -> Result<Response<Svid>, Status> {
+        outcome: Result<T, Refusal>,
+    ) -> Result<Response<T>, Status> {
         match outcome {
             Ok(svid) => {
-                self.counters.issued.with_label_values(&[kind]).inc();
+                self.counters.issued(kind, SystemTime::now());
                 tracing::info!(peer = %peer.address, node = peer.id().map(tracing::field::display), id = asked, "issued");
                 Ok(Response::new(svid))
             }
@@ -221,7 +206,21 @@ impl Service {
     }
 }
 
-fn peer<T>(request: &Request<T>) -> Result<PeerInfo, Status> {
+/// For metrics.
+pub(super) fn kind(id: &SpiffeId) -> &'static str {
+    if id.node_name().is_some() { "node" } else { "workload" }
+}
+
+/// Tells whoever finds no room when to come back.
+fn busy(Busy { retry_after }: Busy) -> Refusal {
+    let seconds = retry_after.as_secs().max(1);
+    let words = format!("too much waits to be signed; ask again in {seconds} s");
+    let mut status = Status::resource_exhausted(words);
+    status.metadata_mut().insert("retry-after", seconds.into());
+    Refusal("busy", status)
+}
+
+pub(super) fn peer<T>(request: &Request<T>) -> Result<PeerInfo, Status> {
     request
         .extensions()
         .get::<PeerInfo>()
@@ -235,8 +234,15 @@ impl Authority for Service {
         let (peer, now) = (peer(&request)?, SystemTime::now());
         let request = request.into_inner();
         // The token first: a stranger must not make the authority compute signatures.
-        let signed =
-            self.admit(&request, now).and_then(|id| self.sign(&id, &request.node, &request.csr, now));
+        let signed = match self.admit(&request, now) {
+            Ok(id) => {
+                let asked = Asked { id: &id, node: &request.node, lifetime: self.lifetime, held_until: 0 };
+                let signed = self.sign(asked, request.csr.clone(), now).await;
+                // Of two who present one token at once, one is given what was signed.
+                signed.and_then(|chain| self.redeem(&request, now).map(|()| self.svid(&chain)))
+            }
+            Err(refusal) => Err(refusal),
+        };
         // What is revoked holds from the node's first connection on.
         let outcome = signed.map(|svid| Svid { bundle: Some(wire::bundle(&self.bundle.borrow())), ..svid });
         self.answer(&peer, "node", &request.node, outcome)
@@ -246,10 +252,16 @@ impl Authority for Service {
         let (peer, now) = (peer(&request)?, SystemTime::now());
         let request = request.into_inner();
         let permitted = self.permit(&peer, &request.spiffe_id, now);
-        let kind =
-            if permitted.as_ref().is_ok_and(|id| id.node_name().is_some()) { "node" } else { "workload" };
+        let kind = permitted.as_ref().map_or("workload", kind);
         let node = peer.id().and_then(SpiffeId::node_name).unwrap_or_default();
-        let outcome = permitted.and_then(|id| self.sign(&id, node, &request.csr, now));
+        let outcome = match permitted {
+            Ok(id) => {
+                let held_until = request.held_until;
+                let asked = Asked { id: &id, node, lifetime: self.lifetime, held_until };
+                self.sign(asked, request.csr, now).await.map(|chain| self.svid(&chain))
+            }
+            Err(refusal) => Err(refusal),
+        };
         self.answer(&peer, kind, &request.spiffe_id, outcome)
     }
 
@@ -257,13 +269,23 @@ impl Authority for Service {
 
     async fn watch_bundle(
         &self,
-        request: Request<WatchBundleRequest>,
+        request: Request<Streaming<Applied>>,
     ) -> Result<Response<Self::WatchBundleStream>, Status> {
         let peer = peer(&request)?;
-        let Some(leaf) = peer.leaf.filter(|leaf| leaf.id.node_name().is_some()) else {
+        let node = peer.leaf.and_then(|leaf| {
+            let name = NodeName::parse(leaf.id.node_name()?).ok()?;
+            Some((leaf, name))
+        });
+        let Some((leaf, name)) = node else {
             self.counters.refused("no_client_certificate");
             return Err(Status::unauthenticated("present the node's SVID"));
         };
+        let present = self.ledger.connect(name.clone(), leaf.not_after, SystemTime::now());
+        let Some(present) = present else {
+            self.counters.refused("busy");
+            return Err(Status::resource_exhausted("this node has too many streams open; close some"));
+        };
+        tokio::spawn(listen(Arc::clone(&self.ledger), name, present, request.into_inner()));
         let counters = Arc::clone(&self.counters);
         let bundles = WatchStream::new(self.bundle.subscribe()).flat_map(move |bundle| {
             // A node that is revoked meanwhile is told so, with everything else, for the last time.
@@ -274,5 +296,29 @@ impl Authority for Service {
             stream::iter([Ok(wire::bundle(&bundle))].into_iter().chain(end))
         });
         Ok(Response::new(Box::pin(bundles)))
+    }
+}
+
+/// Hears from a node what it has applied, for as long as it is connected.
+async fn listen(ledger: Arc<Ledger>, node: NodeName, present: Presence, mut said: Streaming<Applied>) {
+    while let Ok(Some(Applied { generation })) = said.message().await {
+        ledger.applied(&node, generation, SystemTime::now());
+        // Each word may be a write to the disk.
+        tokio::time::sleep(LISTEN_EVERY).await;
+    }
+    drop(present);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_finds_no_room_is_told_when_to_come_back_in_the_words_that_agents_read() {
+        let Refusal(reason, status) = busy(Busy { retry_after: Duration::from_millis(7_900) });
+        assert_eq!((reason, status.code()), ("busy", tonic::Code::ResourceExhausted));
+        assert_eq!(status.metadata().get("retry-after").unwrap(), "7");
+        let Refusal(_, status) = busy(Busy { retry_after: Duration::from_millis(1) });
+        assert_eq!(status.metadata().get("retry-after").unwrap(), "1", "never at once");
     }
 }

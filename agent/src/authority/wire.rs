@@ -36,6 +36,7 @@ pub fn roots(bundle: &TrustBundle) -> proto::Bundle {
         trust_domain: bundle.domain().to_string(),
         roots: bundle.roots().iter().map(|root| root.to_vec()).collect(),
         revocations: None,
+        generation: bundle.generation(),
     }
 }
 
@@ -55,7 +56,7 @@ pub fn bundle(bundle: &TrustBundle) -> proto::Bundle {
 pub fn read(message: proto::Bundle) -> Result<TrustBundle, WireError> {
     let domain = TrustDomain::parse(&message.trust_domain)?;
     let roots = message.roots.into_iter().map(CertificateDer::from).collect();
-    let bundle = TrustBundle::new(domain, roots)?;
+    let bundle = TrustBundle::new(domain, roots)?.with_generation(message.generation);
     let list = message.revocations.unwrap_or_default();
     let entries: Vec<_> = list.entries.into_iter().map(read_entry).collect::<Result<_, _>>()?;
     Ok(bundle.with_revocations(Revocations::new(list.generation, entries)?.into()))
@@ -149,8 +150,9 @@ mod tests {
     }
 
     #[test]
-    fn roots_alone_say_nothing_of_revocations() {
-        let held = some_bundle();
-        assert_eq!(read(roots(&held)).unwrap().revocations().generation(), 0);
+    fn roots_alone_say_nothing_of_revocations_and_carry_their_generation() {
+        let held = some_bundle().with_generation(7);
+        let read = read(roots(&held)).unwrap();
+        assert_eq!((read.revocations().generation(), read.generation()), (0, 7));
     }
 }

@@ -56,6 +56,15 @@ impl<'a> Tries<'a> {
         Self { observe, left, sticky, tried: Vec::new(), until: now + patience, patience }
     }
 
+    /// Goes on after a try that another thread began.
+    pub fn after(mut self, pick: &Pick) -> Self {
+        match (&self.left, &pick.counted) {
+            (Left::Group(_), Some(counted)) => self.tried.push(Arc::clone(&counted.health)),
+            _ => self.left = Left::Workload(None),
+        }
+        self
+    }
+
     /// Where to try next; `None` when there is nothing left to try.
     pub fn next(&mut self, now: Instant) -> Option<Pick> {
         let group = match &mut self.left {

@@ -1,24 +1,33 @@
-//! Keeps the authority's state in a directory: the CA, join tokens that have not been used, and what
-//! is revoked.
+//! Keeps the authority's state: its trust, what is revoked, and join tokens that have not been used.
 //!
-//! Files are written whole or not at all, readable by their owner only. A lock keeps a second
-//! authority out, so two never sign with different roots unnoticed.
+//! What must not be lost or half written are [`documents`], replaced whole. A lock keeps a second authority
+//! out, so two never sign with different roots unnoticed.
 
+pub mod documents;
 mod revocations;
+mod trust;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::{digest, rand};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use zeroize::Zeroizing;
 
-use super::{Ca, CaError, create_root};
-use crate::identity::TrustDomain;
-pub use revocations::RevocationsError;
+use super::CaError;
+use super::issuer::IssuerError;
+use super::rotation::RotationError;
+use crate::identity::revocation::RevocationError;
+use documents::{Document, Documents, Files, Version};
+
+/// How often a change is tried that somebody else was faster than.
+const TRIES: usize = 64;
 
 /// Why the store cannot be used. Each message names the file.
 #[derive(Debug, thiserror::Error)]
@@ -45,25 +54,43 @@ pub enum StoreError {
         /// The lock file.
         path: PathBuf,
     },
-    /// The CA in it is not usable.
-    #[error("{}: {source}", path.display())]
-    Ca {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: CaError,
-    },
-    /// The list of revocations.
-    #[error("{}: {source}", path.display())]
-    Revocations {
-        /// The file.
+    /// A document.
+    #[error("{}: {why}", path.display())]
+    Document {
+        /// The document.
         path: PathBuf,
         /// Why it cannot be read or changed.
-        source: RevocationsError,
+        why: Wrong,
+    },
+    /// Somebody else changes it without end.
+    #[error("{} is changed by others all the time; try again", path.display())]
+    Contended {
+        /// The document.
+        path: PathBuf,
     },
     /// No randomness for a token.
     #[error("the system gives no randomness")]
     Random,
+}
+
+/// What is wrong with a document, or with a change to it.
+#[derive(Debug, thiserror::Error)]
+pub enum Wrong {
+    /// Not the JSON that was written.
+    #[error("it is not what the authority wrote: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// The CA in it is not usable.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// A rotation that cannot go that way.
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
+    /// An intermediate CA that cannot be used.
+    #[error(transparent)]
+    Issuer(#[from] IssuerError),
+    /// A revocation that cannot be made.
+    #[error(transparent)]
+    Revocation(#[from] RevocationError),
 }
 
 /// What a join token was made for.
@@ -83,6 +110,7 @@ pub enum Redeemed {
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    documents: Box<dyn Documents>,
 }
 
 impl Store {
@@ -95,7 +123,7 @@ impl Store {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
             made.map_err(|source| StoreError::Io { path: dir, source })?;
         }
-        Ok(Self { dir: dir.into() })
+        Ok(Self { dir: dir.into(), documents: Box::new(Files { dir: dir.into() }) })
     }
 
     /// Takes the directory for one running authority, for as long as the file lives.
@@ -113,27 +141,56 @@ impl Store {
         }
     }
 
-    /// The CA; makes one if there is none yet.
-    ///
-    /// # Errors
-    /// When it cannot be read, is open to others, or is not usable.
-    pub fn ca(&self, domain: &TrustDomain, now: SystemTime) -> Result<Ca, StoreError> {
-        let path = self.dir.join("ca.pem");
-        let ca = |source| StoreError::Ca { path: path.clone(), source };
-        let io = |source| StoreError::Io { path: path.clone(), source };
-        if !path.exists() {
-            let pem = create_root(domain, now).map_err(ca)?;
-            // Whoever comes first makes it; the other reads it.
-            match create_whole(&path, pem.as_bytes()) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io(e)),
-                _ => {}
+    /// Tells one state of a document from another, cheaply.
+    pub fn version(&self, which: Document) -> Option<Version> {
+        self.documents.version(which)
+    }
+
+    fn read<D: DeserializeOwned>(&self, which: Document) -> Result<Option<D>, StoreError> {
+        let Some(held) = self.documents.read(which)? else { return Ok(None) };
+        serde_json::from_str(&held.text).map(Some).map_err(|e| self.wrong(which, e))
+    }
+
+    /// Changes a document in one step, on top of what others may change meanwhile.
+    fn change<D, T, E>(
+        &self,
+        which: Document,
+        first: Option<D>,
+        mut change: impl FnMut(&mut D) -> Result<T, E>,
+    ) -> Result<(D, T), StoreError>
+    where
+        D: Serialize + DeserializeOwned + PartialEq + Clone,
+        E: Into<Wrong>,
+    {
+        let path = self.documents.place(which);
+        for _ in 0..TRIES {
+            let held = self.documents.read(which)?;
+            let before = match &held {
+                Some(held) => serde_json::from_str(&held.text).map_err(|e| self.wrong(which, e))?,
+                None => first.clone().ok_or_else(|| StoreError::Io {
+                    path: path.clone(),
+                    source: io::ErrorKind::NotFound.into(),
+                })?,
+            };
+            let mut after = before.clone();
+            let outcome = change(&mut after).map_err(|e| self.wrong(which, e))?;
+            if after == before {
+                return Ok((after, outcome));
+            }
+            let text = self.text(which, &after)?;
+            if self.documents.replace(which, held.as_ref().map(|held| &held.version), &text)? {
+                return Ok((after, outcome));
             }
         }
-        let mode = fs::metadata(&path).map_err(io)?.permissions().mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(StoreError::Permissions { path, mode });
-        }
-        Ca::from_pem(domain.clone(), &fs::read_to_string(&path).map_err(io)?).map_err(ca)
+        Err(StoreError::Contended { path })
+    }
+
+    fn text<D: Serialize>(&self, which: Document, document: &D) -> Result<Zeroizing<String>, StoreError> {
+        serde_json::to_string(document).map(Zeroizing::new).map_err(|e| self.wrong(which, e))
+    }
+
+    fn wrong(&self, which: Document, why: impl Into<Wrong>) -> StoreError {
+        StoreError::Document { path: self.documents.place(which), why: why.into() }
     }
 
     /// Makes a join token for a node. Only its hash is kept.
@@ -151,23 +208,18 @@ impl Store {
         Ok(token)
     }
 
-    /// Uses a join token up. Of two who present the same one, at most one is accepted: the file's
-    /// removal decides.
+    /// What [`Store::redeem`] would say, without using the token up: whoever is then refused for another reason
+    /// has it still.
     ///
     /// # Errors
     /// When the directory cannot be used.
-    pub fn redeem(&self, token: &str, node: &str, now: SystemTime) -> Result<Redeemed, StoreError> {
+    pub fn peek(&self, token: &str, node: &str, now: SystemTime) -> Result<Redeemed, StoreError> {
         // Looked up by its hash: neither timing nor a listing of the directory tells the token.
         let path = self.token_path(token);
-        let io = |source| StoreError::Io { path: path.clone(), source };
         let text = match fs::read_to_string(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Redeemed::Unknown),
-            other => other.map_err(io)?,
+            other => other.map_err(|source| StoreError::Io { path, source })?,
         };
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Redeemed::Unknown),
-            other => other.map_err(io)?,
-        }
         let Some((until, made_for)) = text.split_once(' ') else { return Ok(Redeemed::Unknown) };
         let until = UNIX_EPOCH + Duration::from_secs(until.parse().unwrap_or(0));
         Ok(match (made_for == node, now <= until) {
@@ -175,6 +227,21 @@ impl Store {
             (true, false) => Redeemed::Expired,
             (true, true) => Redeemed::Accepted,
         })
+    }
+
+    /// Uses a join token up. Of two who present the same one, at most one is accepted: the file's
+    /// removal decides, and lasts when this returns.
+    ///
+    /// # Errors
+    /// When the directory cannot be used.
+    pub fn redeem(&self, token: &str, node: &str, now: SystemTime) -> Result<Redeemed, StoreError> {
+        let said = self.peek(token, node, now)?;
+        let path = self.token_path(token);
+        let removed = fs::remove_file(&path).and_then(|()| File::open(self.dir.join("tokens"))?.sync_all());
+        match removed {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Redeemed::Unknown),
+            other => other.map(|()| said).map_err(|source| StoreError::Io { path, source }),
+        }
     }
 
     fn token_path(&self, token: &str) -> PathBuf {
@@ -185,26 +252,16 @@ impl Store {
 
 /// Writes a new file, complete and on disk before it has its name; fails if the name is taken.
 fn create_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // Unlike a rename, a link never replaces what another has just written.
-    write_whole(path, bytes, |temporary| fs::hard_link(temporary, path))
-}
-
-/// Writes a file in place of an earlier one, complete and on disk before it has its name.
-fn replace_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    write_whole(path, bytes, |temporary| fs::rename(temporary, path))
-}
-
-fn write_whole(path: &Path, bytes: &[u8], name: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     let temporary = dir.join(format!(".{}-{:x}", std::process::id(), fastrand::u64(..)));
     let written = (|| {
         let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        name(&temporary)?;
+        // Unlike a rename, a link never replaces what another has just written.
+        fs::hard_link(&temporary, path)?;
         File::open(dir)?.sync_all()
     })();
-    // A rename has taken it away already.
     match fs::remove_file(&temporary) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => written.and(Err(e)),
         _ => written,
@@ -227,29 +284,6 @@ mod tests {
         fn drop(&mut self) {
             let _ = fs::remove_dir_all(&self.0);
         }
-    }
-
-    fn domain() -> TrustDomain {
-        TrustDomain::parse("td.test").unwrap()
-    }
-
-    #[test]
-    fn the_ca_is_made_once_and_stays() {
-        let dir = Dir::new();
-        let now = SystemTime::now();
-        let first = Store::open(&dir.0).unwrap().ca(&domain(), now).unwrap();
-        let second = Store::open(&dir.0).unwrap().ca(&domain(), now).unwrap();
-        assert_eq!(first.bundle(), second.bundle());
-    }
-
-    #[test]
-    fn a_key_that_others_can_read_is_refused_by_name() {
-        let dir = Dir::new();
-        let store = Store::open(&dir.0).unwrap();
-        store.ca(&domain(), SystemTime::now()).unwrap();
-        fs::set_permissions(dir.0.join("ca.pem"), fs::Permissions::from_mode(0o644)).unwrap();
-        let error = store.ca(&domain(), SystemTime::now()).unwrap_err().to_string();
-        assert!(error.contains("ca.pem") && error.contains("0600"), "{error}");
     }
 
     #[test]

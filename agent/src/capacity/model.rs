@@ -21,7 +21,7 @@ pub const PREFACE_WIRE_BYTES: f64 = 250.0;
 /// A proof beside its certificate chain: signature and framing.
 const PROOF_OVERHEAD_BYTES: f64 = 100.0;
 /// What the letters in the formulas mean. Those after `r` come from the calibration.
-pub const SYMBOLS: [(&str, &str); 28] = [
+pub const SYMBOLS: [(&str, &str); 32] = [
     ("S, P, N, Z", "services, pods, nodes, zones"),
     ("F", "services that each service talks to"),
     ("W", "data-path threads of an agent, each with its own pool"),
@@ -33,12 +33,27 @@ pub const SYMBOLS: [(&str, &str); 28] = [
     ("r", "rotations of one SVID per second: 1 / (0.5 * L)"),
     ("x", "connections per second of one key: C / K"),
     ("h(x)", "dials per second of one key: x * (r + x * e^-((x+r)*T)) / (x + r)"),
-    ("c", "ends of an unused connection between nodes per second: (x + r) / (e^((x+r)*T) - 1)"),
-    ("s", "share of the time that a key has one: W * x / (W * x + c)"),
+    ("R", "pairs of nodes that talk: H * D(A/H * F * E)"),
+    ("z", "connections per second between two nodes that a thread accepts: C / (R * W)"),
+    ("c(x)", "ends of an unused connection between nodes per second: (x + r) / (e^((x+r)*T) - 1)"),
+    (
+        "o",
+        "share of the time that a thread other than the pair's first has a connection of its own: \
+         z * f / (z * f + c(z)), f = (1 - e^-z) / (2 - e^-z)",
+    ),
+    (
+        "s",
+        "share of the time that the first has one: x / (x + c(x)), x = z + (W - 1) * (1 - o) * z * (1 - f) there",
+    ),
     (
         "p(u)",
         "proofs of an identity with y streams per second on a key: y * (u + y * i) / (y + u), \
          i = (x+u) * e / (y + u + (x-y) * e), e = e^-((x+u)*T)",
+    ),
+    (
+        "q(u)",
+        "the same where it is not the pair's first thread: w * v / (w + v), v = o * c(z) + u, \
+         w = z * (o + (1 - o) * f) * R / G",
     ),
     ("t", "sessions that end per second of a key: max(r, 1 / 3600)"),
     ("A, H", "identities held by agents, over all nodes: min(P, S * N); nodes that hold any: min(N, A)"),
@@ -47,7 +62,7 @@ pub const SYMBOLS: [(&str, &str); 28] = [
     ("I", "SVIDs issued per second: (A + N) * r"),
     ("f, g", "CPU seconds (both sides) of a full and of a resumed handshake"),
     ("b", "CPU seconds to seal a payload byte and open it"),
-    ("q", "CPU seconds to prove an identity and verify the proof"),
+    ("k", "CPU seconds to prove an identity and verify the proof"),
     ("a, i", "CPU seconds to ask for an SVID, and to issue it"),
     ("wf, wr", "wire bytes of a full and of a resumed handshake, with 250 bytes of HTTP/2 preface"),
     ("wq", "wire bytes of a proof: certificate + 100"),
@@ -126,7 +141,7 @@ fn prediction(load: &Load, way: Way, machine: &Calibration) -> Prediction {
         handshake_cores: figure(
             cost.handshake_cores,
             "cores",
-            "full * f + (handshakes - full) * g + proofs * q",
+            "full * f + (handshakes - full) * g + proofs * k",
         ),
         payload_cores: figure(cost.payload_cores, "cores", "B * b"),
         cores: figure(cost.cores, "cores", "handshake cores + payload cores + I * a"),
@@ -200,10 +215,12 @@ fn storage_formula(way: Way) -> &'static str {
     match way {
         Way::Unpooled | Way::WorkloadScope => "(A + N) * (cert + key)",
         Way::Resumed => "(A + N) * (cert + key) + 2 * K * x / (x + t) * (ticket + cert)",
-        Way::NodeScope => "(A + N) * (cert + key) + (2 * G - proofs / y) * cert",
+        Way::NodeScope => {
+            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert, of first threads and of others"
+        }
         Way::NodeScopeResumed => {
-            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert \
-             + K / W * min(4, 2 * W) * W * x / (W * x + t) * (ticket + cert)"
+            "(A + N) * (cert + key) + (2 * G - proofs / y) * cert, of first threads and of others, \
+             + R * min(4, 2 * K / R) * C / (C + R * t) * (ticket + cert)"
         }
     }
 }

@@ -6,13 +6,14 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::directory::Workload;
+use crate::handover::{Inherited, Name};
 use crate::netns::Netns;
 
 /// The kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
 /// One thread's listeners inside one pod.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Listeners {
     /// Where captured connections arrive.
     pub outbound: Vec<TcpListener>,
@@ -29,21 +30,46 @@ impl Listeners {
         listen(address.ip(), address.port())
     }
 
-    /// Opens them. Several sets for one pod share the connections (`SO_REUSEPORT`).
+    /// Makes a set for each of so many threads, which share the connections (`SO_REUSEPORT`): of
+    /// inherited sockets, and of new ones where there are too few.
     ///
     /// # Errors
     /// When the namespace cannot be entered, lacks one of the addresses, or a port is taken.
-    pub fn open(netns: &Netns, workload: &Workload, ports: &[u16], tunnel_port: u16) -> io::Result<Self> {
-        netns.enter(|| {
-            let mut listeners = Self { outbound: Vec::new(), tunnel: Vec::new() };
-            for address in &workload.addresses {
-                for port in ports {
-                    listeners.outbound.push(listen(*address, *port)?);
+    pub fn open(
+        netns: &Netns,
+        workload: &Workload,
+        (ports, tunnel_port): (&[u16], u16),
+        threads: usize,
+        inherited: &mut Inherited,
+    ) -> io::Result<Vec<Self>> {
+        let mut sets: Vec<Self> = (0..threads).map(|_| Self::default()).collect();
+        for address in &workload.addresses {
+            for port in ports.iter().copied().chain([tunnel_port]) {
+                let name = Name { cookie: netns.cookie(), address: SocketAddr::new(*address, port) };
+                let mut sockets = inherited.take(name);
+                if sockets.len() < threads {
+                    let missing = sockets.len()..threads;
+                    let new: io::Result<Vec<_>> =
+                        netns.enter(|| missing.map(|_| listen(*address, port)).collect())?;
+                    sockets.extend(new?);
                 }
-                listeners.tunnel.push(listen(*address, tunnel_port)?);
+                // An inherited one that is dropped would take connections with it that wait there.
+                for (number, socket) in sockets.into_iter().enumerate() {
+                    let set = &mut sets[number % threads];
+                    let kind = if port == tunnel_port { &mut set.tunnel } else { &mut set.outbound };
+                    kind.push(socket);
+                }
             }
-            Ok(listeners)
-        })?
+        }
+        Ok(sets)
+    }
+
+    /// Second handles of all its sockets, which a successor can be given.
+    ///
+    /// # Errors
+    /// When the system has no more descriptors.
+    pub fn handles(&self) -> io::Result<Vec<TcpListener>> {
+        self.outbound.iter().chain(&self.tunnel).map(TcpListener::try_clone).collect()
     }
 }
 

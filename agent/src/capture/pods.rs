@@ -22,8 +22,8 @@ use crate::netns::Netns;
 #[derive(Debug)]
 pub(super) struct Pods {
     dir: PathBuf,
-    by_cookie: Table<u64, Pod>,
-    by_address: Table<Addr, Pod>,
+    pub(super) by_cookie: Table<u64, Pod>,
+    pub(super) by_address: Table<Addr, Pod>,
     excluded: Excluded,
     ports: Vec<u16>,
     tunnel_port: u16,
@@ -45,7 +45,7 @@ impl Pods {
         })
     }
 
-    fn row(&self, workload: &Workload) -> Pod {
+    pub(super) fn row(&self, workload: &Workload) -> Pod {
         let of =
             |v4: bool| workload.addresses.iter().find(|a| a.is_ipv4() == v4).map_or([0; 16], |a| addr(*a));
         let mut ports = [0; ebpf::MAX_LISTENER_PORTS];
@@ -69,7 +69,12 @@ impl Pods {
         }
     }
 
-    fn pin(&self, cookie: u64, what: &str) -> PathBuf {
+    /// Whether a strict pod without the egress guard is not to be served.
+    pub(super) fn needs_guard(&self) -> bool {
+        self.guard == Guard::Require
+    }
+
+    pub(super) fn pin(&self, cookie: u64, what: &str) -> PathBuf {
         self.dir.join(format!("pod-{cookie}-{what}"))
     }
 
@@ -120,7 +125,7 @@ impl Capture {
         self.pods.by_cookie.insert(&cookie, &row).map_err(table)?;
         ensure(
             &self.pods.pin(cookie, "lookup"),
-            self.programs.lookup(workload.mode),
+            self.programs().lookup(workload.mode),
             Target::Fd(netns.fd()),
             Hook::SkLookup,
         )
@@ -138,7 +143,7 @@ impl Capture {
         let interfaces = self.interfaces()?;
         for (name, index) in &interfaces {
             let pin = self.pods.pin(cookie, &format!("guard-{index}"));
-            let attached = ensure(&pin, self.programs.guard(), Target::Interface(*index), Hook::TcxEgress);
+            let attached = ensure(&pin, self.programs().guard(), Target::Interface(*index), Hook::TcxEgress);
             match (attached, self.pods.guard) {
                 (Ok(()), _) => {}
                 (Err(source), Guard::Require) => {
@@ -155,7 +160,7 @@ impl Capture {
     }
 
     /// The interfaces through which a pod's packets leave, by name.
-    fn interfaces(&self) -> Result<HashMap<String, u32>, CaptureError> {
+    pub(super) fn interfaces(&self) -> Result<HashMap<String, u32>, CaptureError> {
         let all = if_nameindex().map_err(|e| CaptureError::Netns(e.into()))?;
         let named = all.iter().map(|i| (i.name().to_string_lossy().into_owned(), i.index()));
         Ok(named.filter(|(name, _)| name != "lo").collect())

@@ -22,6 +22,7 @@ const MAP_DELETE_ELEM: libc::c_int = 3;
 const MAP_GET_NEXT_KEY: libc::c_int = 4;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
@@ -30,6 +31,8 @@ const LINK_UPDATE: libc::c_int = 29;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum Hook {
+    /// Packets that reach a cgroup's sockets.
+    Ingress = 0,
     /// TCP events of a cgroup's sockets.
     SockOps = 3,
     /// connect(), IPv4.
@@ -131,12 +134,64 @@ impl Link {
         bpf(LINK_UPDATE, &attributes).map(drop)
     }
 
+    /// What it is attached to now, as the kernel sees it.
+    pub(super) fn info(&self) -> io::Result<LinkInfo> {
+        info(self.0.as_fd())
+    }
+
     /// Keeps the link alive beyond this process.
     pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
         let path = c_path(path)?;
         let attributes = Object { path: path.as_ptr() as u64, fd: number(self.0.as_fd()), flags: 0 };
         bpf(OBJ_PIN, &attributes).map(drop)
     }
+}
+
+/// The beginning of `struct bpf_link_info`, for links of cgroups, network namespaces and interfaces.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub(super) struct LinkInfo {
+    kind: u32,
+    id: u32,
+    /// The attached program.
+    pub(super) program: u32,
+    padding: u32,
+    /// The cgroup's ID (64 bits), the namespace's inode or the interface's index (32 bits, the rest is the
+    /// hook): 0 when that is gone.
+    target: [u32; 2],
+}
+
+impl LinkInfo {
+    /// The cgroup's ID.
+    pub(super) fn cgroup(&self) -> u64 {
+        u64::from(self.target[1]) << 32 | u64::from(self.target[0])
+    }
+
+    /// The namespace's inode, or the interface's index.
+    pub(super) fn number(&self) -> u32 {
+        self.target[0]
+    }
+}
+
+/// The kernel's number for a loaded program.
+pub(super) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // The beginning of `struct bpf_prog_info`: type, ID.
+    info::<[u32; 2]>(program).map(|[_, id]| id)
+}
+
+fn info<T: FromBytes + IntoBytes + Immutable>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    #[repr(C)]
+    struct Ask {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    let mut answer = T::new_zeroed();
+    let length = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // The kernel writes at most so many bytes through this pointer.
+    let ask = Ask { fd: number(fd), length, info: std::ptr::from_mut(&mut answer) as u64 };
+    bpf(OBJ_GET_INFO_BY_FD, &ask)?;
+    Ok(answer)
 }
 
 /// A hash map shared between threads; every call is one system call and atomic.

@@ -1,11 +1,12 @@
-//! `hauberk agent` and `hauberk uninstall`.
+//! `hauberk agent`, `hauberk guard` and `hauberk uninstall`.
 
 use std::path::PathBuf;
 
 use clap::Args;
 
 use crate::capture::Capture;
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, DirectoryConfig, Reachable};
+use crate::directory::kubernetes;
 
 #[derive(Debug, Args)]
 pub(super) struct Agent {
@@ -17,6 +18,34 @@ pub(super) struct Agent {
 impl Agent {
     pub(super) fn run(self, give_back: fn()) -> anyhow::Result<()> {
         crate::run::run(AgentConfig::load(&self.config)?, give_back)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Guard {
+    /// The configuration file of the agent that will run here.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+impl Guard {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let config = AgentConfig::load(&self.config)?;
+        let DirectoryConfig::Kubernetes(cluster) = &config.directory else {
+            anyhow::bail!(
+                "{}: directory: the guard tells pods by their cgroups, so it needs directory.kubernetes",
+                self.config.display()
+            );
+        };
+        let servers = kubernetes::servers(cluster)?;
+        let mut reachable = config.capture.reachable.clone();
+        reachable.extend(servers.iter().copied().map(Reachable::from));
+        Capture::guard(&config.capture, &reachable)?;
+        tracing::info!(
+            ?servers,
+            "until an agent runs, this node's pods reach the API server, DNS and capture.reachable only"
+        );
+        Ok(())
     }
 }
 

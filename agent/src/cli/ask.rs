@@ -34,8 +34,7 @@ impl Ask {
             Some(config) => AgentConfig::load(config)?.runtime_dir.join("admin.sock"),
             None => self.socket,
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let value = runtime.block_on(get(&socket, path))?;
+        let value = get(&socket, path, "agent")?;
         match self.output {
             Output::Json => println!("{}", serde_json::to_string_pretty(&value)?),
             Output::Table => print!("{}", render(&value)),
@@ -44,25 +43,30 @@ impl Ask {
     }
 }
 
-async fn get(socket: &Path, path: &str) -> Result<Value> {
-    let unix = UnixStream::connect(socket).await.with_context(|| {
-        format!("cannot reach the agent at {} (does it run? are you root?)", socket.display())
-    })?;
-    let (mut send, connection) = http1::handshake(TokioIo::new(unix)).await?;
-    // Ends when the answer has been read; its error would be the request's too.
-    tokio::spawn(connection);
-    let request = Request::get(path).header("host", "hauberk").body(Empty::<Bytes>::new())?;
-    let response = send.send_request(request).await.context("the agent did not answer")?;
-    let status = response.status();
-    let body = response.into_body().collect().await?.to_bytes();
-    if status != StatusCode::OK {
-        bail!("the agent answered {status}: {}", String::from_utf8_lossy(&body).trim());
-    }
-    serde_json::from_slice(&body).context("the agent's answer is not JSON")
+/// Asks who listens on a socket; `whom` is for errors.
+pub(super) fn get(socket: &Path, path: &str, whom: &str) -> Result<Value> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let unix = UnixStream::connect(socket).await.with_context(|| {
+            format!("cannot reach the {whom} at {} (does it run? are you root?)", socket.display())
+        })?;
+        let (mut send, connection) = http1::handshake(TokioIo::new(unix)).await?;
+        // Ends when the answer has been read; its error would be the request's too.
+        tokio::spawn(connection);
+        let request = Request::get(path).header("host", "hauberk").body(Empty::<Bytes>::new())?;
+        let response =
+            send.send_request(request).await.with_context(|| format!("the {whom} did not answer"))?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        if status != StatusCode::OK {
+            bail!("the {whom} answered {status}: {}", String::from_utf8_lossy(&body).trim());
+        }
+        serde_json::from_slice(&body).with_context(|| format!("the {whom}'s answer is not JSON"))
+    })
 }
 
 /// A list of objects becomes a table, one object a list of its fields.
-fn render(value: &Value) -> String {
+pub(super) fn render(value: &Value) -> String {
     match value {
         Value::Array(rows) => {
             let Some(Value::Object(first)) = rows.first() else { return "none\n".into() };
@@ -81,7 +85,7 @@ fn render(value: &Value) -> String {
     }
 }
 
-fn cell(value: &Value) -> String {
+pub(super) fn cell(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
         Value::String(text) => text.clone(),

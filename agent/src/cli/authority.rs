@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use base64::Engine;
 use clap::{Args, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, revocation};
+use super::{Output, revocation, rotation};
+use crate::authority::config::SuppliedIssuer;
+use crate::authority::state::{self, Adopted};
 use crate::authority::{self, AuthorityConfig};
 use crate::ca::store::Store;
 use crate::identity::SpiffeId;
@@ -22,8 +23,24 @@ pub(super) struct Authority {
     /// The authority's configuration file (YAML).
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    issuer: Issuer,
     #[command(subcommand)]
     command: Option<Command>,
+}
+
+/// An intermediate CA in place of the configuration's `issuer`.
+#[derive(Debug, Args)]
+struct Issuer {
+    /// The certificate (PEM) of an intermediate CA that signs, then those between it and the root.
+    #[arg(long, global = true, value_name = "FILE", requires_all = ["issuer_key", "issuer_root"])]
+    issuer_cert: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, global = true, value_name = "FILE", requires = "issuer_cert")]
+    issuer_key: Option<PathBuf>,
+    /// Its root (PEM): the only one that is trusted; its key stays where it is.
+    #[arg(long, global = true, value_name = "FILE", requires = "issuer_cert")]
+    issuer_root: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -53,6 +70,21 @@ enum Command {
         #[command(flatten)]
         what: revocation::What,
     },
+    /// Have the supplied intermediate CA sign from now on, in place of an earlier one of the same root.
+    Adopt,
+    /// Change the root, with no moment in which an agent does not know who signs; or go on with that.
+    ///
+    /// Prints a line whenever something changes, until it is done. It can be left and run again at any time.
+    RotateRoot {
+        #[command(flatten)]
+        how: rotation::How,
+    },
+    /// How the running authority stands: its roots, its agents and what they have applied, what it issues.
+    Status {
+        /// How to print.
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// List what is revoked.
     Revocations {
         /// How to print.
@@ -64,13 +96,20 @@ enum Command {
 impl Authority {
     pub(super) fn run(self) -> Result<()> {
         let Some(path) = self.config else { bail!("authority: --config FILE is needed") };
-        let config = AuthorityConfig::load(&path)?;
+        let mut config = AuthorityConfig::load(&path)?;
+        let Issuer { issuer_cert, issuer_key, issuer_root } = self.issuer;
+        if let (Some(certificate), Some(key), Some(root)) = (issuer_cert, issuer_key, issuer_root) {
+            config.issuer = Some(SuppliedIssuer { certificate, key, root });
+        }
         match self.command {
             None => serve(config),
             Some(Command::Token { node, ttl, out }) => token(&config, &node, ttl, out),
             Some(Command::Bundle) => bundle(&config),
             Some(Command::Revoke { what }) => revocation::revoke(&config, what),
             Some(Command::Unrevoke { what }) => revocation::unrevoke(&config, what),
+            Some(Command::Adopt) => adopt(&config),
+            Some(Command::RotateRoot { how }) => rotation::rotate(&config, how),
+            Some(Command::Status { output }) => rotation::status(&config, output),
             Some(Command::Revocations { output }) => revocation::list(&config, output),
         }
     }
@@ -119,15 +158,34 @@ fn token(config: &AuthorityConfig, node: &str, ttl: u64, out: Option<PathBuf>) -
 }
 
 fn bundle(config: &AuthorityConfig) -> Result<()> {
-    let ca = Store::open(&config.state_dir)?.ca(&config.trust_domain, SystemTime::now())?;
-    for root in ca.bundle().roots() {
-        let body = base64::engine::general_purpose::STANDARD.encode(root);
-        println!("-----BEGIN CERTIFICATE-----");
-        // PEM lines have 64 characters (RFC 7468, section 2); base64 is ASCII.
-        for line in body.as_bytes().chunks(64) {
-            println!("{}", String::from_utf8_lossy(line));
+    let state = state::open(&Store::open(&config.state_dir)?, config, SystemTime::now())?;
+    for root in &state.roots {
+        print!("{}", root.certificate);
+    }
+    Ok(())
+}
+
+fn adopt(config: &AuthorityConfig) -> Result<()> {
+    let now = SystemTime::now();
+    let Some(root) = state::supplied(config, now)? else {
+        bail!(
+            "adopt: name the intermediate in the configuration (issuer) or by --issuer-cert, --issuer-key and --issuer-root"
+        )
+    };
+    let store = Store::open(&config.state_dir)?;
+    if store.trust(&config.trust_domain)?.is_none() {
+        state::open(&store, config, now)?;
+        println!("the intermediate signs, under root {}", root.id);
+        return Ok(());
+    }
+    match state::adopt(&store, &root)? {
+        Adopted::Unchanged => println!("the intermediate signs already, under root {}", root.id),
+        Adopted::Taken(root) => println!("the intermediate signs from now on, under root {root}"),
+        Adopted::OtherRoot(root) => {
+            bail!(
+                "root {root} is not trusted yet: `hauberk authority rotate-root` with the same files changes to it"
+            )
         }
-        println!("-----END CERTIFICATE-----");
     }
     Ok(())
 }

@@ -50,9 +50,8 @@ impl What {
 pub(super) fn revoke(config: &AuthorityConfig, what: What) -> Result<()> {
     let subject = what.subject(config)?;
     let store = Store::open(&config.state_dir)?;
-    let named = subject.clone();
-    let new = store.change_revocations(move |list| list.revoke(subject, SystemTime::now()))?;
-    println!("{named} {}", if new { "is revoked" } else { "was revoked already" });
+    let new = store.change_revocations(|list| list.revoke(subject.clone(), SystemTime::now()))?;
+    println!("{subject} {}", if new { "is revoked" } else { "was revoked already" });
     Ok(())
 }
 

@@ -37,6 +37,8 @@ pub enum BundleError {
 pub struct TrustBundle {
     domain: TrustDomain,
     roots: Vec<CertificateDer<'static>>,
+    /// See [`TrustBundle::generation`].
+    generation: u64,
     revocations: Arc<Revocations>,
     crls: Arc<Crls>,
 }
@@ -50,14 +52,14 @@ impl TrustBundle {
         if roots.is_empty() {
             return Err(BundleError::Empty);
         }
-        let bundle = Self { domain, roots, revocations: Arc::default(), crls: Arc::default() };
+        let bundle = Self { domain, roots, generation: 0, revocations: Arc::default(), crls: Arc::default() };
         bundle.anchors()?;
         Ok(bundle)
     }
 
     /// For an issuer that has not said yet which roots hold: trusts nobody.
     pub fn unknown(domain: TrustDomain) -> Self {
-        Self { domain, roots: Vec::new(), revocations: Arc::default(), crls: Arc::default() }
+        Self { domain, roots: Vec::new(), generation: 0, revocations: Arc::default(), crls: Arc::default() }
     }
 
     /// Reads a PEM file's text.
@@ -67,6 +69,24 @@ impl TrustBundle {
     pub fn from_pem(domain: TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
         let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
         Self::new(domain, roots.map_err(|e| BundleError::Pem(e.to_string()))?)
+    }
+
+    /// The same roots as the authority's state of this generation.
+    #[must_use]
+    pub fn with_generation(self, generation: u64) -> Self {
+        Self { generation, ..self }
+    }
+
+    /// Grows each time that the authority changes its roots; 0 where whoever named the roots does not count.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Whether its roots may take the place of those held: an older state of the authority may not, and neither
+    /// may one that says otherwise of the same generation.
+    pub fn supersedes(&self, held: &Self) -> bool {
+        self.generation > held.generation
+            || self.generation == held.generation && (self.generation == 0 || self.roots == held.roots)
     }
 
     /// The same roots with this list of revocations.

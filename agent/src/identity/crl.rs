@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use rustls::pki_types::CertificateDer;
 use x509_parser::der_parser::{Oid, oid};
 use x509_parser::prelude::{
-    CertificateRevocationList, FromDer, ParsedExtension, X509Certificate, X509Extension,
+    CertificateRevocationList, FromDer, ParsedExtension, X509Certificate, X509Extension, X509Name,
 };
 
 use super::revocation::Revoked;
@@ -71,6 +71,11 @@ impl CertificateId {
             key_id: key_id(certificate.extensions()),
             serial: format!("{:x}", certificate.serial).into(),
         }
+    }
+
+    /// The issuer's name, for people.
+    pub fn issuer_name(&self) -> String {
+        X509Name::from_der(&self.issuer).map_or_else(|_| "?".into(), |(_, name)| name.to_string())
     }
 }
 

@@ -136,6 +136,19 @@ pub fn concatenated(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, Svid
     Ok(certificates)
 }
 
+/// PEM (RFC 7468), whose lines have 64 characters.
+pub fn pem(label: &str, der: &[u8]) -> String {
+    use base64::Engine;
+    let body = base64::engine::general_purpose::STANDARD.encode(der);
+    let mut text = format!("-----BEGIN {label}-----\n");
+    for line in body.as_bytes().chunks(64) {
+        // Base64 is ASCII.
+        text.push_str(&String::from_utf8_lossy(line));
+        text.push('\n');
+    }
+    text + &format!("-----END {label}-----\n")
+}
+
 /// Whether a certificate names itself as its issuer, as roots do: such need not be sent to anybody.
 pub fn is_self_issued(der: &[u8]) -> bool {
     X509Certificate::from_der(der).is_ok_and(|(_, certificate)| certificate.subject() == certificate.issuer())

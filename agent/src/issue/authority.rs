@@ -2,20 +2,21 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::CertificateDer;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::TlsConnector;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Status, Streaming};
 
 use super::grpc::{self, CALL_TIMEOUT};
 use super::{IssueError, Issued, Signer};
 use crate::authority::proto::authority_client::AuthorityClient;
-use crate::authority::proto::{AttestRequest, Bundle, IssueRequest, Svid, WatchBundleRequest};
+use crate::authority::proto::{Applied, AttestRequest, Bundle, IssueRequest, Svid};
 use crate::authority::wire;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
@@ -35,7 +36,16 @@ pub struct AuthorityIssuer {
     trust: Arc<Trust>,
     /// One connection; made anew when the node's SVID or the bundle has changed.
     channel: Mutex<Option<(Epoch, Channel)>>,
-    bundles: Mutex<Option<Streaming<Bundle>>>,
+    bundles: Mutex<Option<Bundles>>,
+}
+
+/// The stream of bundles, and the one back that says which roots are applied.
+#[derive(Debug)]
+struct Bundles {
+    sent: Streaming<Bundle>,
+    applied: mpsc::Sender<Applied>,
+    /// What was said last.
+    said: u64,
 }
 
 /// What a connection was made with: the node SVID's generation (0 without one) and the bundle's epoch.
@@ -87,10 +97,13 @@ impl AuthorityIssuer {
     }
 
     async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {
-        let attested = self.trust.snapshot().valid(&self.node, SystemTime::now()).is_some();
+        let now = self.trust.snapshot();
+        let attested = now.valid(&self.node, SystemTime::now()).is_some();
+        let held_until = now.svids.get(id).map_or(0, |svid| seconds(svid.leaf().not_after));
         let mut client = self.client().await?;
         let answer = if attested {
-            client.issue(IssueRequest { spiffe_id: id.to_string(), csr: csr.to_vec() }).await
+            let request = IssueRequest { spiffe_id: id.to_string(), csr: csr.to_vec(), held_until };
+            client.issue(request).await
         } else if *id == self.node {
             let join_token = self.token()?;
             let node = id.node_name().unwrap_or_default().to_owned();
@@ -122,6 +135,14 @@ impl AuthorityIssuer {
         if bundle.domain() != held.domain() {
             return Err(self.unusable(&format!("a bundle of another trust domain, {}", bundle.domain())));
         }
+        if !bundle.supersedes(&held) {
+            let (offered, known) = (bundle.generation(), held.generation());
+            tracing::error!(
+                offered,
+                known,
+                "the authority's roots are not newer than those known here, which stay in force: its state was put back, or it is another authority's; have its newest trust.json restored"
+            );
+        }
         let (offered, known) = (bundle.revocations().generation(), held.revocations().generation());
         // 0 is what a bundle without a list has.
         if offered > 0 && offered < known {
@@ -134,19 +155,27 @@ impl AuthorityIssuer {
         Ok(bundle)
     }
 
+    /// Opens the stream, and says first which roots are applied here.
+    async fn bundles(&self) -> Result<Bundles, IssueError> {
+        let said = self.trust.snapshot().bundle.generation();
+        // One word at a time is enough: only the latest counts, and the authority reads at once.
+        let (applied, saying) = mpsc::channel(1);
+        let first = Applied { generation: said };
+        applied.try_send(first).map_err(|e| IssueError::Ours(e.to_string()))?;
+        let answer = self.client().await?.watch_bundle(ReceiverStream::new(saying)).await;
+        let sent = answer.map_err(|status| self.failed(&status))?.into_inner();
+        Ok(Bundles { sent, applied, said })
+    }
+
     async fn bundle_from_stream(&self) -> Result<TrustBundle, IssueError> {
         // The authority speaks to attested nodes only.
         self.trust.holding(&[&self.node]).await;
         let mut held = self.bundles.lock().await;
-        if held.is_none() {
-            let answer = self.client().await?.watch_bundle(WatchBundleRequest {}).await;
-            *held = Some(answer.map_err(|status| self.failed(&status))?.into_inner());
-        }
-        let next = match held.as_mut() {
-            Some(stream) => stream.message().await,
-            None => Ok(None),
+        let bundles = match held.as_mut() {
+            Some(bundles) => bundles,
+            None => held.insert(self.bundles().await?),
         };
-        match next {
+        match next(bundles, &self.trust).await {
             Ok(Some(bundle)) => self.bundle(bundle),
             Ok(None) => {
                 *held = None;
@@ -165,6 +194,29 @@ impl AuthorityIssuer {
 
     fn failed(&self, status: &Status) -> IssueError {
         grpc::failed(self.name(), status, "")
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// The next bundle. Meanwhile the authority hears whenever other roots are applied here: with an SVID come
+/// roots too.
+async fn next(bundles: &mut Bundles, trust: &Trust) -> Result<Option<Bundle>, Status> {
+    let mut changes = trust.subscribe_bundle();
+    loop {
+        let applied = trust.snapshot().bundle.generation();
+        if applied != bundles.said {
+            // A stream that has ended says so below.
+            let _ = bundles.applied.send(Applied { generation: applied }).await;
+            bundles.said = applied;
+        }
+        tokio::select! {
+            next = bundles.sent.message() => return next,
+            // The sender lives as long as `trust`.
+            _ = changes.changed() => {}
+        }
     }
 }
 

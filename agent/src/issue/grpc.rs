@@ -83,3 +83,19 @@ fn with_causes(status: &Status) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_carries_when_to_come_back_and_what_cannot_be_reached_does_not() {
+        let mut status = Status::resource_exhausted("too much waits");
+        status.metadata_mut().insert("retry-after", 7.into());
+        let error = failed("the authority".into(), &status, "");
+        let IssueError::Refused { detail, retry_after, .. } = error else { panic!("{error:?}") };
+        assert_eq!((detail.as_str(), retry_after), ("too much waits", Some(Duration::from_secs(7))));
+        let gone = failed("the authority".into(), &Status::unavailable("no route"), "");
+        assert!(matches!(gone, IssueError::Unreachable { .. }));
+    }
+}

@@ -1,8 +1,8 @@
-//! Keeps the node's own SVID over a restart of the agent, in memory only, and what it knew of
+//! Keeps the node's own SVID over a restart of the agent, in memory only, and what it knew of roots and
 //! revocations; in [`tickets`], the keys of session tickets; in [`nodes`], which nodes it spoke to.
 //!
-//! A restarted agent has used its join token up, and must not forget whom it refused while the
-//! authority is away. Keys never touch a disk: the file is written only
+//! A restarted agent has used its join token up, and must not forget whom it refused, nor which roots it had
+//! applied, while the authority is away. Keys never touch a disk: the file is written only
 //! where the file system is a tmpfs, and goes with the machine's power.
 
 pub mod nodes;
@@ -14,23 +14,37 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Keypair, pem};
-use crate::identity::SpiffeId;
+use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::Revocations;
 use crate::identity::svid::X509Svid;
+use crate::identity::{SpiffeId, TrustDomain};
 
 /// `RAMFS_MAGIC`, include/uapi/linux/magic.h.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
-/// Files for one SVID and one list.
+/// Files for one SVID, one list and one bundle.
 #[derive(Clone, Debug)]
 pub struct Keep {
     path: PathBuf,
     in_memory: bool,
+    configured: String,
+}
+
+/// The authority's roots, and which roots the operator had configured when they were received.
+#[derive(Serialize, Deserialize)]
+struct KeptRoots {
+    configured: String,
+    generation: u64,
+    /// PEM.
+    roots: String,
 }
 
 impl Keep {
@@ -40,7 +54,47 @@ impl Keep {
         if !in_memory {
             tracing::warn!(dir = %dir.display(), "the runtime directory is not on a tmpfs: the node's key is not kept, so a restarted agent needs a new join token");
         }
-        Self { path: dir.join("node.pem"), in_memory }
+        Self { path: dir.join("node.pem"), in_memory, configured: String::new() }
+    }
+
+    /// For an agent that was configured with these roots: roots that were received under others are not taken up,
+    /// as whoever changed the file meant it.
+    #[must_use]
+    pub fn configured_with(self, bundle: &TrustBundle) -> Self {
+        let all: Vec<u8> = bundle.roots().iter().flat_map(|root| root.iter().copied()).collect();
+        let hex = digest(&SHA256, &all).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { configured: hex, ..self }
+    }
+
+    /// The authority's roots that were kept, if there are any for this configuration.
+    pub fn load_bundle(&self, domain: &TrustDomain) -> Option<TrustBundle> {
+        let text = fs::read(self.bundle()).ok()?;
+        let read = || {
+            let kept: KeptRoots = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+            if kept.configured != self.configured {
+                return Ok(None);
+            }
+            let bundle = TrustBundle::from_pem(domain.clone(), kept.roots.as_bytes());
+            bundle.map(|bundle| Some(bundle.with_generation(kept.generation))).map_err(|e| e.to_string())
+        };
+        read().unwrap_or_else(|error: String| {
+            tracing::warn!(error, file = %self.bundle().display(), "the roots from before the restart cannot be read; those of the configured file hold until the authority says otherwise");
+            None
+        })
+    }
+
+    /// Keeps the authority's roots, in place of earlier ones. They are no secret.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_bundle(&self, bundle: &TrustBundle) -> io::Result<()> {
+        let roots = bundle.roots().iter().map(|root| pem("CERTIFICATE", root)).collect();
+        let kept = KeptRoots { configured: self.configured.clone(), generation: bundle.generation(), roots };
+        replace(&self.bundle(), &serde_json::to_vec(&kept)?).map(drop)
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.path.with_file_name("bundle.json")
     }
 
     /// What was kept, if it is this identity's and still valid.
@@ -138,6 +192,27 @@ mod tests {
         fs::remove_dir_all(&dir).unwrap();
         assert_eq!(loaded.as_ref(), Some(svid.leaf()));
         assert!(!late && !other);
+    }
+
+    #[test]
+    fn the_authoritys_roots_come_back_unless_others_were_configured_since() {
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let bundle = || {
+            let root = create_root(&domain, SystemTime::now()).unwrap();
+            Ca::from_pem(domain.clone(), &root).unwrap().bundle().clone()
+        };
+        let (configured, received) = (bundle(), bundle().with_generation(4));
+        let dir = std::env::temp_dir().join(format!("hauberk-keep-{:x}", fastrand::u64(..)));
+        let keep = Keep::in_dir(&dir).configured_with(&configured);
+        let none = keep.load_bundle(&domain);
+        keep.save_bundle(&received).unwrap();
+        let loaded = keep.load_bundle(&domain);
+        let other = Keep::in_dir(&dir).configured_with(&bundle()).load_bundle(&domain);
+        fs::write(dir.join("bundle.json"), "{").unwrap();
+        let spoilt = keep.load_bundle(&domain);
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!((none, loaded), (None, Some(received)));
+        assert_eq!((other, spoilt), (None, None));
     }
 
     #[test]

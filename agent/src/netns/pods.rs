@@ -31,6 +31,12 @@ impl PodCgroups {
         Self(found)
     }
 
+    /// The kernel's number for the pod's cgroup.
+    pub fn id(&self, uid: &str) -> Option<u64> {
+        // On 64-bit machines kernfs has one number for both.
+        Some(fs::metadata(self.0.get(uid)?).ok()?.ino())
+    }
+
     /// A file that names the pod's network namespace now; `None` while the pod has no process in one.
     pub fn netns(&self, uid: &str) -> Option<PathBuf> {
         let own = fs::metadata("/proc/self/ns/net").ok()?.ino();
@@ -48,6 +54,11 @@ impl PodCgroups {
         apart.sort();
         apart.into_iter().next().map(|(_, netns)| netns)
     }
+}
+
+/// Whether a cgroup's path, below the root of its hierarchy, is that of a pod or of something in one.
+pub fn is_of_pod(path: &str) -> bool {
+    path.split('/').any(|name| pod_uid(name).is_some())
 }
 
 fn collect(dir: &Path, depth: usize, found: &mut HashMap<String, PathBuf>) {
@@ -113,6 +124,8 @@ mod tests {
         }
         let hash = "0123456789abcdef0123456789abcdef";
         assert_eq!(pod_uid(&format!("pod{hash}")).as_deref(), Some(hash), "a static pod");
+        assert!(is_of_pod(&format!("/kubelet/kubepods/burstable/pod{UID}/crio-1")));
+        assert!(!is_of_pod("/system.slice/kubelet.service"));
         let container = format!("cri-containerd-{hash}{hash}.scope");
         for name in [
             "burstable",
@@ -142,7 +155,8 @@ mod tests {
         fs::write(systemd.join("cri-containerd-1.scope/cgroup.procs"), std::process::id().to_string())
             .unwrap();
         assert_eq!(pods.netns(UID), None);
-        assert_eq!(pods.netns("unknown"), None);
+        assert_eq!(pods.id(UID), Some(fs::metadata(&systemd).unwrap().ino()));
+        assert_eq!((pods.netns("unknown"), pods.id("unknown")), (None, None));
         fs::remove_dir_all(&root).unwrap();
     }
 

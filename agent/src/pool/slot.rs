@@ -29,6 +29,10 @@ pub(super) enum Otherwise {
     Crowd,
 }
 
+/// A thread that has streams for a node more often than this has a connection to it of its own: handing one over
+/// wakes another thread, and streams that were handed over share its core.
+const OFTEN: Duration = Duration::from_secs(1);
+
 /// Connections of one key that bulk may spread over.
 const MAX_SPREAD: usize = 4;
 
@@ -69,6 +73,8 @@ pub(super) struct Slot {
     dialling: bool,
     /// A connection of a new epoch is going to be made ahead.
     refreshing: bool,
+    /// When a stream was last sent to the thread that has a connection.
+    sent_away: Option<Instant>,
 }
 
 impl Slot {
@@ -134,6 +140,24 @@ impl Slot {
         !self.pooled.is_empty()
     }
 
+    /// Whether this thread has a connection, or is making one.
+    pub(super) fn has_own(&self) -> bool {
+        self.is_connected() || self.dialling
+    }
+
+    /// Whether the stream that has come now shall be sent to the thread that has a connection.
+    pub(super) fn sends_away(&mut self, now: Instant) -> bool {
+        let often = self.has_just_sent(now);
+        if !often {
+            self.sent_away = Some(now);
+        }
+        !often
+    }
+
+    fn has_just_sent(&self, now: Instant) -> bool {
+        self.sent_away.is_some_and(|last| now.saturating_duration_since(last) < OFTEN)
+    }
+
     /// A place on the connection with the fewest streams, those without bulk first; or one among those who
     /// wait. Where all connections carry bulk, another is waited for, up to
     /// [`MAX_SPREAD`] and unless `crowd` says that it could not be had.
@@ -182,9 +206,12 @@ impl Slot {
             }
             now.duration_since(*pooled.idle_since.get_or_insert(now)) < idle
         });
+        if !self.has_just_sent(now) {
+            self.sent_away = None;
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.pooled.is_empty() && self.waiting.is_empty() && !self.dialling
+        self.pooled.is_empty() && self.waiting.is_empty() && !self.dialling && self.sent_away.is_none()
     }
 }

@@ -109,6 +109,10 @@ fn words(verdict: u32) -> (&'static str, &'static str) {
             "capture_failed",
             "a connection could not be captured and was refused: no address of that family, or no memory",
         ),
+        ebpf::VERDICT_HELD => (
+            "held",
+            "a pod that the agent has not judged yet was kept from the mesh: is it new, or unknown to the directory?",
+        ),
         _ => ("other", "a verdict of the kernel side"),
     }
 }

@@ -39,6 +39,7 @@ const KERNEL_VERDICTS: [&str; VERDICT_COUNT as usize] = [
     "egress_dropped",
     "bypassed",
     "capture_failed",
+    "held",
     "excluded",
 ];
 
@@ -228,7 +229,7 @@ impl Metrics {
         pods: usize,
     ) -> String {
         let _one_at_a_time = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
-        self.issuance.set(margin, trust.bundle.crls());
+        self.issuance.set(margin, trust);
         self.pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
         self.expiry.reset();
         for (id, svid) in trust.svids.iter().take(MAX_CERTIFICATES) {
@@ -445,6 +446,30 @@ mod tests {
         let pem = crate::ca::create_root(&domain, now).unwrap();
         let ca = crate::ca::Ca::from_pem(domain, &pem).unwrap();
         crate::trust::Trust::new(ca.bundle().clone()).snapshot()
+    }
+
+    #[test]
+    fn the_first_end_of_each_class_and_the_roots_are_told() {
+        let now = SystemTime::now();
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let pem = crate::ca::create_root(&domain, now).unwrap();
+        let ca = crate::ca::Ca::from_pem(domain.clone(), &pem).unwrap();
+        let trust = crate::trust::Trust::new(ca.bundle().clone().with_generation(5));
+        for (name, hours) in [("a", 3), ("b", 2)] {
+            let key = crate::issue::Keypair::generate().unwrap();
+            let proven = crate::ca::ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+            let id = crate::identity::SpiffeId::workload(&domain, "ns", name).unwrap();
+            let chain = ca.issue(&proven, &id, Duration::from_secs(hours * 3600), now).unwrap();
+            trust.insert(key.with_chain(chain).unwrap());
+        }
+        let kernel = [0; VERDICT_COUNT as usize];
+        let policies = PolicyStanding::default();
+        let page = Metrics::new().unwrap().render(&trust.snapshot(), kernel, &policies, Margin::default(), 0);
+        let end = unix(now + Duration::from_secs(2 * 3600)).floor();
+        let first = format!("hauberk_svid_first_expiry_timestamp_seconds{{class=\"workload\"}} {end}");
+        assert!(page.lines().any(|line| line == first), "{page}");
+        assert!(!page.contains("class=\"node\""), "none is held");
+        assert!(page.contains("hauberk_bundle_generation 5"), "{page}");
     }
 
     #[test]

@@ -56,6 +56,11 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// The keys of session tickets, if sessions are resumed.
+    pub fn keys(&self) -> Option<&Arc<TicketKeys>> {
+        self.keys.as_ref()
+    }
+
     /// Resumes sessions with these keys; without any, neither side resumes.
     pub fn new(keys: Option<Arc<TicketKeys>>, observe: Observe) -> Arc<Self> {
         Self::with(keys, observe, provider(), Arc::new(DefaultTimeProvider))

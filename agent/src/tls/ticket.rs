@@ -9,6 +9,7 @@ pub mod content;
 
 use std::collections::HashSet;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, Nonce, RandomizedNonceKey};
@@ -121,6 +122,8 @@ pub struct TicketKeys {
     /// Newest first; at most two.
     generations: Mutex<Vec<Generation>>,
     journal: Box<dyn Journal>,
+    /// A successor honours tickets from now on; changed under the lock.
+    is_frozen: AtomicBool,
 }
 
 /// An opened ticket, not yet used.
@@ -140,7 +143,20 @@ impl TicketKeys {
 
     /// Goes on with a predecessor's generations (newest first), those that are young enough.
     pub fn restore(generations: Vec<Generation>, journal: Box<dyn Journal>) -> Self {
-        Self { generations: Mutex::new(generations), journal }
+        Self { generations: Mutex::new(generations), journal, is_frozen: AtomicBool::new(false) }
+    }
+
+    /// Leaves what is noted to a successor: from now on no ticket is honoured here, and nothing is noted.
+    pub fn freeze(&self) {
+        let _under_the_lock = self.lock();
+        self.is_frozen.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes it back from a successor that came to nothing and has honoured no ticket.
+    pub fn thaw(&self) {
+        let generations = self.lock();
+        self.is_frozen.store(false, Ordering::Relaxed);
+        self.note(&generations);
     }
 
     /// Seals; `None` when that cannot be, which costs a later full handshake and nothing else.
@@ -176,6 +192,9 @@ impl TicketKeys {
         }
         let keys = {
             let mut generations = self.lock();
+            if self.is_frozen.load(Ordering::Relaxed) {
+                return Err(Unresumed::UnknownTicket);
+            }
             self.rotate(&mut generations, now);
             let generation = generations.iter().find(|g| g.name == *name).ok_or(Unresumed::UnknownTicket)?;
             Keys::derive(generation, binding).ok_or(Unresumed::Unreadable)?
@@ -203,6 +222,9 @@ impl TicketKeys {
     /// When it was used before, or its use cannot be remembered.
     pub fn spend(&self, opened: &Opened) -> Result<(), Unresumed> {
         let mut generations = self.lock();
+        if self.is_frozen.load(Ordering::Relaxed) {
+            return Err(Unresumed::UnknownTicket);
+        }
         let generation =
             generations.iter_mut().find(|g| g.name == opened.name).ok_or(Unresumed::UnknownTicket)?;
         if generation.spent.contains(&opened.serial) {
@@ -230,6 +252,12 @@ impl TicketKeys {
         } else if generations.len() == before {
             return;
         }
+        if !self.is_frozen.load(Ordering::Relaxed) {
+            self.note(generations);
+        }
+    }
+
+    fn note(&self, generations: &[Generation]) {
         if let Err(error) = self.journal.rotated(generations) {
             tracing::warn!(%error, "cannot keep the keys of session tickets: a restarted agent's peers make full handshakes");
         }
@@ -313,7 +341,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Told {
         generations: Mutex<Vec<Generation>>,
-        fails: std::sync::atomic::AtomicBool,
+        fails: AtomicBool,
     }
 
     impl Journal for Arc<Told> {
@@ -323,7 +351,7 @@ mod tests {
         }
 
         fn spent(&self, _: &Name, _: &Serial) -> io::Result<()> {
-            if self.fails.load(std::sync::atomic::Ordering::Relaxed) {
+            if self.fails.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             Ok(())
@@ -412,7 +440,7 @@ mod tests {
         let ours = binding("a", "b", "c");
         let ticket = keys.seal(&ours, vec![1], at(NOW)).unwrap();
         let opened = keys.open(&ours, &ticket, at(NOW)).unwrap();
-        told.fails.store(true, std::sync::atomic::Ordering::Relaxed);
+        told.fails.store(true, Ordering::Relaxed);
         assert_eq!(keys.spend(&opened), Err(Unresumed::Full), "the successor would honour it again");
 
         let keys = fleeting();

@@ -20,7 +20,7 @@ use hauberk::identity::svid::X509Svid;
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
 use hauberk::pool::dial::Dialer;
-use hauberk::pool::{Pool, Route, Word};
+use hauberk::pool::{Pool, Route, Seat, Word};
 use hauberk::proof::connection::Proofs;
 use hauberk::proof::{Binding, Side};
 use hauberk::telemetry::{Metrics, Observe};
@@ -86,15 +86,20 @@ impl Agent {
         Self { trust, memory: Memory::new(resume.then(tls::ticket::fleeting), observe.clone()), observe }
     }
 
-    /// One thread's pool, which tells `others`.
-    pub(crate) fn pool(&self, others: &broadcast::Sender<Word>) -> Pool {
-        self.configured(TunnelConfig::default(), others)
+    /// The only thread's pool, which tells `words`.
+    pub(crate) fn pool(&self, words: &broadcast::Sender<Word>) -> Pool {
+        self.configured(TunnelConfig::default(), words)
     }
 
-    pub(crate) fn configured(&self, config: TunnelConfig, others: &broadcast::Sender<Word>) -> Pool {
+    pub(crate) fn configured(&self, config: TunnelConfig, words: &broadcast::Sender<Word>) -> Pool {
+        self.seated(config, words, Seat::default())
+    }
+
+    /// One of several threads' pools.
+    pub(crate) fn seated(&self, config: TunnelConfig, words: &broadcast::Sender<Word>, seat: Seat) -> Pool {
         let config = Arc::new(config);
         let (trust, memory) = (Arc::clone(&self.trust), Arc::clone(&self.memory));
-        Pool::new(Dialer::new(trust, memory, config, self.observe.clone()), 100_000, others.clone())
+        Pool::new(Dialer::new(trust, memory, config, self.observe.clone()), 100_000, words.clone(), seat)
     }
 }
 

@@ -9,12 +9,13 @@ use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use core::mem::offset_of;
 use ebpf::{
-    Addr, INBOUND, MODE_STRICT, Pod, VERDICT_EXCLUDED, VERDICT_LISTENER_REFUSED, VERDICT_PLAINTEXT_ACCEPTED,
-    VERDICT_PLAINTEXT_REFUSED, VERDICT_PROBE_ACCEPTED,
+    Addr, INBOUND, MODE_CLOSED, MODE_PERMISSIVE, Pod, Probe, VERDICT_EXCLUDED, VERDICT_LISTENER_REFUSED,
+    VERDICT_PLAINTEXT_ACCEPTED, VERDICT_PLAINTEXT_REFUSED, VERDICT_PROBE_ACCEPTED,
 };
 
 use crate::ctx::{join, mapped, read32, same, split};
-use crate::maps::{EXEMPT, POD_ADDRS, count, excludes, report};
+use crate::gate::is_loopback;
+use crate::maps::{EXEMPT, POD_ADDRS, PROBES, count, excludes, report};
 
 type Fields = aya_ebpf::bindings::bpf_sk_lookup;
 const AF_INET: u32 = 2;
@@ -81,15 +82,6 @@ fn lookup(ctx: &SkLookupContext, strict: bool) -> u32 {
     judge(pod, &remote, source_port, &local, port)
 }
 
-/// 127.0.0.0/8 or ::1.
-#[inline(always)]
-fn is_loopback(addr: &Addr) -> bool {
-    let words = split(addr);
-    let v4 = words[0] == 0 && words[1] == 0 && words[2] == 0xffff_0000 && words[3] & 0xff == 127;
-    let v6 = words[0] == 0 && words[1] == 0 && words[2] == 0 && words[3] == 1u32.to_be();
-    v4 || v6
-}
-
 #[inline(always)]
 fn judge(pod: &Pod, remote: &Addr, source_port: u16, local: &Addr, port: u16) -> u32 {
     if port == pod.tunnel_port {
@@ -101,16 +93,17 @@ fn judge(pod: &Pod, remote: &Addr, source_port: u16, local: &Addr, port: u16) ->
         report(VERDICT_LISTENER_REFUSED, remote, source_port, local, port);
         return SK_DROP;
     }
-    if excludes(local, port, INBOUND) {
+    if pod.mode != MODE_CLOSED && excludes(local, port, INBOUND) {
         count(VERDICT_EXCLUDED);
         return SK_PASS;
     }
-    if pod.mode != MODE_STRICT {
+    if pod.mode == MODE_PERMISSIVE {
         report(VERDICT_PLAINTEXT_ACCEPTED, remote, source_port, local, port);
         return SK_PASS;
     }
+    let probe = Probe { pod: *local, from: *remote, port, from_port: source_port };
     // SAFETY: map values are read, never kept.
-    if unsafe { EXEMPT.get(remote) }.is_some() {
+    if pod.mode != MODE_CLOSED && unsafe { PROBES.get(probe).is_some() || EXEMPT.get(remote).is_some() } {
         count(VERDICT_PROBE_ACCEPTED);
         return SK_PASS;
     }

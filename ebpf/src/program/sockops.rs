@@ -17,11 +17,11 @@ use crate::maps::{ORIGINAL_DST, PODS, TRUE_SOURCE, peer_of};
 
 type Fields = aya_ebpf::bindings::bpf_sock_ops;
 const AF_INET: u32 = 2;
-const TCP_CLOSE: u32 = 7;
+pub(super) const TCP_CLOSE: u32 = 7;
 const REMOTE_IP6: usize = offset_of!(Fields, remote_ip6);
 const LOCAL_IP6: usize = offset_of!(Fields, local_ip6);
 /// `args[1]`: the new state in a state callback.
-const NEW_STATE: usize = offset_of!(Fields, __bindgen_anon_1) + 4;
+pub(super) const NEW_STATE: usize = offset_of!(Fields, __bindgen_anon_1) + 4;
 
 #[sock_ops]
 pub(crate) fn hauberk_sockops(ctx: SockOpsContext) -> u32 {
@@ -93,7 +93,7 @@ fn withdraw(raw: *mut core::ffi::c_void) {
 }
 
 #[inline(always)]
-fn remote(raw: *mut core::ffi::c_void) -> (Addr, u16) {
+pub(super) fn remote(raw: *mut core::ffi::c_void) -> (Addr, u16) {
     let addr = if read32!(raw, offset_of!(Fields, family)) == AF_INET {
         mapped(read32!(raw, offset_of!(Fields, remote_ip4)))
     } else {
@@ -109,7 +109,7 @@ fn remote(raw: *mut core::ffi::c_void) -> (Addr, u16) {
 }
 
 #[inline(always)]
-fn local(raw: *mut core::ffi::c_void) -> Addr {
+pub(super) fn local(raw: *mut core::ffi::c_void) -> Addr {
     if read32!(raw, offset_of!(Fields, family)) == AF_INET {
         mapped(read32!(raw, offset_of!(Fields, local_ip4)))
     } else {
@@ -124,6 +124,6 @@ fn local(raw: *mut core::ffi::c_void) -> Addr {
 
 /// Host order, unlike the remote port.
 #[inline(always)]
-fn local_port(raw: *mut core::ffi::c_void) -> u16 {
+pub(super) fn local_port(raw: *mut core::ffi::c_void) -> u16 {
     read32!(raw, offset_of!(Fields, local_port)) as u16
 }

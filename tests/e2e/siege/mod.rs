@@ -35,7 +35,7 @@ impl Siege {
         world.pod("server", "n2", Mode::Strict).unwrap();
         prepare(&mut world);
         world.start().unwrap();
-        let pem = std::fs::read_to_string(world.dir().join("authority/ca.pem")).unwrap();
+        let pem = world.root_pem().unwrap();
         let ca = Ca::from_pem(domain(), &pem).unwrap();
         Self { world, ca }
     }

@@ -87,8 +87,8 @@ pub(super) struct PodSeen {
     pub(super) exclude: Exclusions,
 }
 
-/// A pod as a workload; `None` when it has no address of its own: in the node's network, not placed yet, or
-/// ended.
+/// A pod as a workload; `None` when it has no network of its own: in the node's, not placed yet, or ended. Its
+/// addresses may be told later than it starts.
 pub(super) fn workload(
     pod: objects::Pod,
     domain: &TrustDomain,
@@ -107,7 +107,7 @@ pub(super) fn workload(
             addresses.push(ip);
         }
     }
-    let (Some(node), false) = (pod.spec.node_name, addresses.is_empty()) else { return Ok(None) };
+    let Some(node) = pod.spec.node_name else { return Ok(None) };
     let (label, exclude) = (mode(&pod.metadata), exclusions(&pod.metadata));
     let namespace = pod.metadata.namespace.unwrap_or_default();
     let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty());

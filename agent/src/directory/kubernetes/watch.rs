@@ -6,12 +6,15 @@
 
 use std::collections::HashSet;
 use std::fmt::Debug;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt};
+use http::Uri;
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -30,6 +33,8 @@ use crate::mesh_policy::MeshPolicies;
 pub(crate) const BATCH: Duration = Duration::from_millis(100);
 /// How long to wait before the API server is asked again what it serves; half as long again by chance.
 const AGAIN: Duration = Duration::from_secs(2);
+/// The port of a URL without one.
+const HTTPS: u16 = 443;
 /// Namespaces with what the mesh itself depends on.
 const SYSTEM_NAMESPACE: &str = "kube-system";
 
@@ -55,6 +60,16 @@ pub enum ConnectError {
         path: PathBuf,
         /// What is wrong.
         source: kube::config::KubeconfigError,
+    },
+    /// The server that it names cannot be found.
+    #[error("directory.kubernetes.kubeconfig: {}: cannot find {server}: {source}", path.display())]
+    Server {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        server: String,
+        /// What the system said.
+        source: io::Error,
     },
     /// What it says makes no client.
     #[error("{field}: cannot make a client of the API server: {source}")]
@@ -118,6 +133,34 @@ impl Connection {
         };
         Ok(Self { client, rules })
     }
+}
+
+/// Where the API server is: by the kubeconfig, and for a pod also by its service.
+///
+/// # Errors
+/// When the kubeconfig cannot be used, or names a server that cannot be found.
+pub fn servers(config: &KubernetesConfig) -> Result<Vec<SocketAddr>, ConnectError> {
+    let mut found = Vec::new();
+    if let (Ok(host), Ok(port)) =
+        (std::env::var("KUBERNETES_SERVICE_HOST"), std::env::var("KUBERNETES_SERVICE_PORT"))
+    {
+        found.extend(addresses(&host, port.parse().unwrap_or(HTTPS)).unwrap_or_default());
+    }
+    let Some(path) = &config.kubeconfig else { return Ok(found) };
+    let named =
+        |source| ConnectError::Kubeconfig { field: "directory.kubernetes", path: path.clone(), source };
+    let read = Kubeconfig::read_from(path).map_err(named)?;
+    for server in read.clusters.into_iter().filter_map(|named| named.cluster?.server) {
+        let unknown = |source| ConnectError::Server { path: path.clone(), server: server.clone(), source };
+        let uri: Uri = server.parse().map_err(|_| unknown(io::ErrorKind::InvalidInput.into()))?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        found.extend(addresses(host, uri.port_u16().unwrap_or(HTTPS)).map_err(unknown)?);
+    }
+    Ok(found)
+}
+
+fn addresses(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    Ok((host, port).to_socket_addrs()?.collect())
 }
 
 /// Asks the API server for one object of each kind that [`watch`] reads.

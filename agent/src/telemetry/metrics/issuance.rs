@@ -1,11 +1,12 @@
-//! What came of asking for SVIDs, how long what is held would outlive the issuer, and how CRLs stand.
+//! What came of asking for SVIDs, when what is held ends and how long it would outlive the issuer, which roots
+//! hold, and how CRLs stand.
 
 use std::time::Duration;
 
-use prometheus::{Gauge, IntCounter, IntGauge, Registry};
+use prometheus::{Gauge, GaugeVec, IntCounter, IntGauge, Opts, Registry};
 
-use super::{counters, register};
-use crate::identity::crl::Crls;
+use super::{counters, register, unix};
+use crate::trust::Snapshot;
 use crate::verdict::{Issuance as Outcome, IssuerKind};
 
 /// How long the SVID that ends first is still valid, and what was asked for.
@@ -25,9 +26,14 @@ pub(in crate::telemetry) struct Issuance {
     left: Gauge,
     target: Gauge,
     at_risk: IntGauge,
+    /// By class of identity.
+    first_end: GaugeVec,
+    roots: IntGauge,
     crls: IntGauge,
     crls_unusable: IntGauge,
 }
+
+const CLASSES: [&str; 2] = ["node", "workload"];
 
 impl Issuance {
     pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
@@ -60,6 +66,23 @@ impl Issuance {
                     "1 while an SVID has less life left than the availability target.",
                 )?,
             )?,
+            first_end: register(
+                registry,
+                GaugeVec::new(
+                    Opts::new(
+                        "hauberk_svid_first_expiry_timestamp_seconds",
+                        "When the SVID ends that ends first, by class of identity (node, workload); none held: absent.",
+                    ),
+                    &["class"],
+                )?,
+            )?,
+            roots: register(
+                registry,
+                IntGauge::new(
+                    "hauberk_bundle_generation",
+                    "Generation of the authority's roots that are applied; 0 with roots of another source.",
+                )?,
+            )?,
             crls: register(registry, IntGauge::new("hauberk_crls", "CRLs that are configured.")?)?,
             crls_unusable: register(
                 registry,
@@ -75,7 +98,16 @@ impl Issuance {
         self.asked[issuer as usize * Outcome::ALL.len() + outcome as usize].inc();
     }
 
-    pub(super) fn set(&self, margin: Margin, crls: &Crls) {
+    pub(super) fn set(&self, margin: Margin, trust: &Snapshot) {
+        self.first_end.reset();
+        for class in CLASSES {
+            let of_class = trust.svids.iter().filter(|(id, _)| id.node_name().is_some() == (class == "node"));
+            if let Some(end) = of_class.map(|(_, svid)| svid.leaf().not_after).min() {
+                self.first_end.with_label_values(&[class]).set(unix(end));
+            }
+        }
+        self.roots.set(i64::try_from(trust.bundle.generation()).unwrap_or(i64::MAX));
+        let crls = trust.bundle.crls();
         let unusable =
             crls.0.iter().filter(|listed| listed.unknown.is_some() || listed.fault.is_some()).count();
         self.crls.set(i64::try_from(crls.0.len()).unwrap_or(i64::MAX));

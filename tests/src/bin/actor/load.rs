@@ -61,7 +61,8 @@ pub(super) async fn many(to: SocketAddr, count: u64, lanes: u64) -> Value {
     json!({"outcomes": all, "ok": all.get("ok").copied().unwrap_or(0), "seconds": began.elapsed().as_secs_f64()})
 }
 
-pub(super) async fn hold(to: SocketAddr, count: u64, bytes: u64) -> Result<()> {
+/// Opens connections all at once, with one exchange on each.
+async fn open(to: SocketAddr, count: u64) -> (Vec<TcpStream>, BTreeMap<&'static str, u64>) {
     let mut open = Vec::new();
     let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
     let mut batch = tokio::task::JoinSet::new();
@@ -88,16 +89,48 @@ pub(super) async fn hold(to: SocketAddr, count: u64, bytes: u64) -> Result<()> {
             }
         }
     }
+    (open, outcomes)
+}
+
+/// How many of these still answer; the others are left out from now on.
+async fn alive(open: &mut Vec<TcpStream>) -> usize {
+    let mut number = 0;
+    let mut left = Vec::new();
+    for mut tcp in open.drain(..) {
+        number += 1;
+        if timeout(Duration::from_secs(10), ping(&mut tcp, number)).await.is_ok_and(|r| r.is_ok()) {
+            left.push(tcp);
+        }
+    }
+    *open = left;
+    open.len()
+}
+
+pub(super) async fn keep(to: SocketAddr, count: u64) -> Result<()> {
+    let (mut open, _) = open(to, count).await;
+    println!("ready");
+    let mut every = tokio::time::interval(Duration::from_millis(500));
+    let mut end = std::pin::pin!(input_ends());
+    loop {
+        tokio::select! {
+            _ = every.tick() => {}
+            () = &mut end => return Ok(()),
+        }
+        let alive = alive(&mut open).await;
+        say(json!({"alive": alive}))?;
+        if alive == 0 {
+            return Ok(());
+        }
+    }
+}
+
+pub(super) async fn hold(to: SocketAddr, count: u64, bytes: u64) -> Result<()> {
+    let (mut open, outcomes) = open(to, count).await;
     if bytes > 0 {
         open = move_through(open, bytes).await?;
     }
     // Every one must still be usable while all are open.
-    let mut alive = 0;
-    for (number, tcp) in open.iter_mut().enumerate() {
-        if timeout(Duration::from_secs(10), ping(tcp, number as u64)).await.is_ok_and(|r| r.is_ok()) {
-            alive += 1;
-        }
-    }
+    let alive = alive(&mut open).await;
     println!("ready");
     say(json!({"outcomes": outcomes, "ok": outcomes.get("ok").copied().unwrap_or(0), "alive": alive}))?;
     input_ends().await;

@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use clients::{abort, ask, bulk, chatty, half_close, poke, send_after_end, stay, udp_ask};
-use load::{exchange_for, hold, many, push, times};
+use load::{exchange_for, hold, keep, many, push, times};
 use serde_json::Value;
 use servers::{echo, end_first, greet, reset, stall, sum, udp_echo, watch, whoami};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -76,6 +76,8 @@ enum Act {
         #[arg(long, default_value_t = 0)]
         bytes: u64,
     },
+    /// Connections all open at once; says twice a second how many of them still answer.
+    Keep { to: SocketAddr, count: u64 },
     /// One exchange, then stays until the connection ends, and prints how it did.
     Stay { to: SocketAddr },
     /// Writes until the peer pushes back for a second; prints how much, holds until input ends.
@@ -137,6 +139,7 @@ async fn act(act: Act) -> Result<()> {
         Act::Hold { to, count, bytes } => hold(to, count, bytes).await,
         Act::Push { to, count } => push(to, count).await,
         Act::Times { to, count, warm } => say(times(&to, count, warm).await?),
+        Act::Keep { to, count } => keep(to, count).await,
         Act::Stay { to } => stay(to).await,
         Act::Chatty { to, count } => say(chatty(to, count).await?),
         Act::Loop { to, seconds } => say(exchange_for(to, seconds).await),

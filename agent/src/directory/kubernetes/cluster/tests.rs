@@ -238,7 +238,7 @@ fn annotations_and_policies_exclude_together_and_what_cannot_be_read_excludes_no
 }
 
 #[test]
-fn a_pod_is_a_workload_while_it_has_an_address_of_its_own() {
+fn a_pod_is_a_workload_while_it_has_a_network_of_its_own() {
     let here = cluster([pod("a", "10.1.0.1", json!({}))]).directory();
     let workload = here.workload_at([10, 1, 0, 1].into()).unwrap();
     assert_eq!(workload.id.as_str(), "spiffe://td.test/ns/shop/sa/web");
@@ -253,7 +253,6 @@ fn a_pod_is_a_workload_while_it_has_an_address_of_its_own() {
         json!({"status": {"phase": "Succeeded"}}),
         json!({"status": {"phase": "Failed"}}),
         json!({"spec": {"nodeName": null}}),
-        json!({"status": {"podIP": null, "podIPs": null}}),
     ] {
         let mut absent = pod("a", "10.1.0.1", json!({}));
         for (part, fields) in gone.as_object().unwrap() {
@@ -263,6 +262,11 @@ fn a_pod_is_a_workload_while_it_has_an_address_of_its_own() {
         }
         assert_eq!(mode_of([absent]), None, "{gone}");
     }
+    // Placed and not told of yet: its node's agent may find its addresses before its kubelet tells them.
+    let early = json!({"status": {"podIP": null, "podIPs": null}});
+    let early = cluster([pod("a", "10.1.0.1", early)]).directory();
+    let workload = early.enrolled_on("n1").next().unwrap();
+    assert!(workload.addresses.is_empty() && workload.netns.is_some(), "{workload:?}");
     // Being deleted it may still send and receive.
     let leaving = json!({"metadata": {"deletionTimestamp": "2026-11-25T00:00:00Z"}});
     assert_eq!(mode_of([pod("a", "10.1.0.1", leaving)]), Some(Mode::Strict));
