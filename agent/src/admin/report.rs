@@ -19,6 +19,9 @@ impl State {
         let rotation = self.rotation.now();
         let failures =
             rotation.iter().filter_map(|(id, how)| Some(format!("{id}: {}", how.last_error.as_ref()?)));
+        let now = SystemTime::now();
+        // Whoever should have been renewed by now.
+        let late = rotation.values().filter(|how| how.last_error.is_some() || how.not_after <= Some(now));
         let looks = reach.now();
         let trust = self.trust.snapshot();
         let roots = trust.bundle.roots().iter().filter_map(|root| X509Certificate::from_der(root).ok());
@@ -36,7 +39,7 @@ impl State {
             roots_until: roots
                 .filter_map(|(_, root)| root.validity().not_after.timestamp().try_into().ok())
                 .min(),
-            svids_until: rotation.values().filter_map(|how| how.not_after).map(unix).min(),
+            svids_until: late.filter_map(|how| how.not_after).map(unix).min(),
             svid_failures: failures.take(MAX_LISTED).collect(),
             not_reached: looks.iter().filter_map(|(node, why)| Some((node.clone(), why.clone()?))).collect(),
             looked_for: looks.into_iter().map(|(node, _)| node).collect(),

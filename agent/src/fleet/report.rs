@@ -37,7 +37,8 @@ pub struct Report {
     pub why_not_enrolled: Vec<String>,
     /// When the first of the trust bundle's roots expires (Unix time).
     pub roots_until: Option<u64>,
-    /// When the first SVID in use expires (Unix time).
+    /// When the first SVID expires that could not be renewed (Unix time). Others are renewed in time, however short
+    /// their lives are.
     pub svids_until: Option<u64>,
     /// The first SVIDs that could not be renewed, each with its reason.
     pub svid_failures: Vec<String>,

@@ -10,7 +10,7 @@ use crate::fleet::report::Heard;
 const DAY: u64 = 86_400;
 /// Roots have to be valid for longer than this: replacing one takes its time.
 const ROOT_DAYS: u64 = 60;
-/// An SVID that ends sooner than this should have been renewed.
+/// A renewal that fails this near to the end is no matter of patience any more.
 const SVID_SECONDS: u64 = 600;
 /// Clocks this far apart are told, and this far fail: an SVID may be refused as not yet valid.
 const SKEW_TOLD: Duration = Duration::from_secs(5);
@@ -243,8 +243,10 @@ fn certificates(live: &[&Heard], facts: &Facts) -> Found {
     let now = facts.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let ends = |agent: &&&Heard| agent.report.svids_until.is_some_and(|until| until < now + SVID_SECONDS);
     if live.iter().any(|agent| ends(&agent)) {
-        let words =
-            live.iter().filter(ends).map(|agent| format!("{}: one ends within 10 minutes", agent.node));
+        let words = live
+            .iter()
+            .filter(ends)
+            .map(|agent| format!("{}: one ends within 10 minutes and was not renewed", agent.node));
         return Found::fail(NAME, some(words), LOOK);
     }
     let failures = || {

@@ -76,7 +76,7 @@ impl Kept {
 
     /// The objects that cannot be used, by kind and name, and why.
     pub fn faults(&self) -> impl Iterator<Item = (String, &str)> {
-        fn of<'a, D>(kind: Kind, objects: &'a Objects<Row<D>>) -> impl Iterator<Item = (String, &'a str)> {
+        fn of<D>(kind: Kind, objects: &Objects<Row<D>>) -> impl Iterator<Item = (String, &str)> {
             objects.rows.iter().filter_map(move |(name, row)| {
                 Some((format!("{} {name}", kind.plural), row.fault.as_deref()?))
             })
