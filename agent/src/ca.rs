@@ -44,6 +44,9 @@ pub enum CaError {
     /// The root or its key cannot be used.
     #[error("the CA's certificate or key cannot be used: {0}")]
     Material(String),
+    /// The trust state says what it must not.
+    #[error("{0}")]
+    State(String),
     /// The identity is of another trust domain.
     #[error("{id} is not in this authority's trust domain {domain}")]
     TrustDomain {

@@ -104,7 +104,7 @@ impl Keeper {
         let change = move || {
             store.change_trust(|state: &mut TrustState| {
                 let mut step = None;
-                if ledger.exact(state, now) {
+                if ledger.exact(state, now)? {
                     step = state.advance(seconds(now), &revoked);
                     if scheduled && state.rotation == Rotation::Idle {
                         let next = Root::create(&state.trust_domain, state.signing().ok(), now)?;
@@ -117,9 +117,9 @@ impl Keeper {
             })
         };
         // A task that panicked was reported by the panic hook; this one is not to die of it.
-        tokio::task::spawn_blocking(change)
-            .await
-            .unwrap_or_else(|_| Err(StoreError::Contended { path: Document::Trust.name().into() }))
+        tokio::task::spawn_blocking(change).await.unwrap_or_else(|error| {
+            Err(StoreError::Io { path: Document::Trust.name().into(), source: std::io::Error::other(error) })
+        })
     }
 
     /// Takes a state into use: what signs, what is trusted, what the authority shows.

@@ -158,13 +158,17 @@ impl Ledger {
 
     /// Puts what is exact into a state that was read from disk. Whether its rotation is the one known here:
     /// else it must not go on yet, as this authority still signs as it did before.
-    pub(super) fn exact(&self, disk: &mut TrustState, now: SystemTime) -> bool {
+    ///
+    /// # Errors
+    /// When it is no state that can follow the one known here: what agents were told is not taken back.
+    pub(super) fn exact(&self, disk: &mut TrustState, now: SystemTime) -> Result<bool, CaError> {
         let mut inner = self.lock();
+        inner.follows(disk)?;
         let now = seconds(now);
         inner.prune(now);
         inner.exact(disk);
         inner.told = (inner.news, now);
-        (&inner.state.rotation, &inner.state.signing) == (&disk.rotation, &disk.signing)
+        Ok((&inner.state.rotation, &inner.state.signing) == (&disk.rotation, &disk.signing))
     }
 
     /// Puts what may be written into a state in place of what is exact.
@@ -220,6 +224,19 @@ impl Inner {
         let covered = reserved.iter().all(|reserved| reserved.is_some_and(|reserved| reserved >= until));
         self.news += u64::from(!covered);
         covered.then(|| Arc::clone(&self.ca))
+    }
+
+    fn follows(&self, disk: &TrustState) -> Result<(), CaError> {
+        disk.check(&self.state.trust_domain)?;
+        let ids = |state: &TrustState| state.roots.iter().map(|root| root.id.clone()).collect::<Vec<_>>();
+        let (known, held) = (self.state.generation, disk.generation);
+        if held < known || held == known && ids(disk) != ids(&self.state) {
+            let words = format!(
+                "its roots (generation {held}) are not those that this authority has told its agents (generation {known}); put the newest trust.json back"
+            );
+            return Err(CaError::State(words));
+        }
+        Ok(())
     }
 
     fn prune(&mut self, now: u64) {
@@ -295,7 +312,7 @@ mod tests {
 
     /// What the keeper does, on a disk that is `disk`.
     fn write(ledger: &Ledger, disk: &mut TrustState, now: SystemTime) {
-        assert!(ledger.exact(disk, now));
+        assert!(ledger.exact(disk, now).unwrap());
         ledger.reserve(disk, now);
         ledger.take(disk.clone()).unwrap();
         ledger.wrote(Ok(()));
@@ -335,7 +352,7 @@ mod tests {
         let n1 = node("n1");
         let (refused, ()) = tokio::join!(ledger.begin(&n1, now), async {
             ledger.wanted.notified().await;
-            ledger.exact(&mut disk.clone(), now);
+            ledger.exact(&mut disk.clone(), now).unwrap();
             ledger.wrote(Err("the disk is full".into()));
         });
         assert_eq!(refused.unwrap_err(), "the disk is full");
@@ -358,11 +375,11 @@ mod tests {
         let old = begun.unwrap();
         let next = Root::create(&disk.trust_domain, disk.roots.first(), now).unwrap();
         disk.start(next, seconds(now)).unwrap();
-        assert!(!ledger.exact(&mut disk.clone(), now), "it has to be heard of first");
+        assert!(!ledger.exact(&mut disk.clone(), now).unwrap(), "it has to be heard of first");
         ledger.take(disk.clone()).unwrap();
         assert!(!ledger.blockers(now, |_| false).is_empty());
         ledger.applied(&n1, 2, now);
-        assert!(ledger.exact(&mut disk, now));
+        assert!(ledger.exact(&mut disk, now).unwrap());
         disk.advance(seconds(now), |_| false).unwrap();
         ledger.reserve(&mut disk, now);
         ledger.take(disk.clone()).unwrap();
@@ -374,6 +391,24 @@ mod tests {
             write(&ledger, &mut disk, now);
         });
         assert_ne!(begun.unwrap().bundle(), old.bundle(), "the new one signs");
+    }
+
+    #[test]
+    fn a_disk_that_goes_back_or_is_anothers_is_not_taken_up() {
+        let now = SystemTime::now();
+        let (ledger, mut disk) = ledger(now);
+        let old = disk.clone();
+        let next = Root::create(&disk.trust_domain, disk.roots.first(), now).unwrap();
+        disk.start(next, seconds(now)).unwrap();
+        ledger.exact(&mut disk.clone(), now).unwrap();
+        ledger.take(disk.clone()).unwrap();
+        let error = ledger.exact(&mut old.clone(), now).unwrap_err().to_string();
+        assert!(error.contains("generation 1") && error.contains("newest trust.json"), "{error}");
+        let mut other =
+            TrustState::new(old.trust_domain.clone(), Root::create(&old.trust_domain, None, now).unwrap());
+        other.generation = disk.generation;
+        assert!(ledger.exact(&mut other, now).is_err(), "as new, with other roots");
+        ledger.exact(&mut disk, now).unwrap();
     }
 
     #[test]

@@ -156,28 +156,27 @@ fn words(blocker: &Blocker) -> Value {
 /// Samples of roots and nodes.
 fn samples(state: &TrustState) -> String {
     let mut page = String::new();
-    let mut head = |name: &str, help: &str| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} gauge");
-    };
-    head("hauberk_authority_root_expiry_timestamp_seconds", "When a trusted root ends.");
-    for root in &state.roots {
+    let roots = state.roots.iter().map(|root| {
         let standing = if root.id == state.signing { "signs" } else { "trusted" };
-        let _ = writeln!(
-            page,
-            "hauberk_authority_root_expiry_timestamp_seconds{{root=\"{}\",state=\"{standing}\"}} {}",
-            root.id, root.not_after
-        );
-    }
+        (format!("{{root=\"{}\",state=\"{standing}\"}}", root.id), root.not_after)
+    });
+    let name = "hauberk_authority_root_expiry_timestamp_seconds";
+    gauge(&mut page, name, "When a trusted root ends.", roots);
+    // A node's name holds nothing that would have to be escaped.
+    let nodes = state.nodes.iter().take(MAX_NODES);
+    let nodes = nodes.map(|(node, lease)| (format!("{{node=\"{}\"}}", node.as_str()), lease.applied));
     let name = "hauberk_authority_agent_bundle_generation";
-    let _ =
-        writeln!(page, "# HELP {name} Generation of the roots that a node has applied.\n# TYPE {name} gauge");
-    for (node, lease) in state.nodes.iter().take(MAX_NODES) {
-        // A node's name holds nothing that would have to be escaped.
-        let _ = writeln!(page, "{name}{{node=\"{}\"}} {}", node.as_str(), lease.applied);
-    }
+    gauge(&mut page, name, "Generation of the roots that a node has applied.", nodes);
+    let count = [(String::new(), state.nodes.len() as u64)];
     let name = "hauberk_authority_agents";
-    let _ = writeln!(page, "# HELP {name} Nodes that hold SVIDs, or did a day ago.\n# TYPE {name} gauge");
-    let _ = writeln!(page, "{name} {}", state.nodes.len());
+    gauge(&mut page, name, "Nodes that hold SVIDs, or did a day ago.", count);
     page
+}
+
+fn gauge(page: &mut String, name: &str, help: &str, samples: impl IntoIterator<Item = (String, u64)>) {
+    // Writing to a string cannot fail.
+    let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} gauge");
+    for (labels, value) in samples {
+        let _ = writeln!(page, "{name}{labels} {value}");
+    }
 }

@@ -237,17 +237,17 @@ impl TrustState {
     /// # Errors
     /// In words.
     pub fn check(&self, domain: &TrustDomain) -> Result<(), CaError> {
-        let material = |words: String| Err(CaError::Material(words));
+        let wrong = |words: String| Err(CaError::State(words));
         if self.format != FORMAT {
-            return material(format!("it has format {}, this version knows {FORMAT}", self.format));
+            return wrong(format!("it has format {}, this version knows {FORMAT}", self.format));
         }
         if self.trust_domain != *domain {
-            return material(format!("it is of trust domain {}, not {domain}", self.trust_domain));
+            return wrong(format!("it is of trust domain {}, not {domain}", self.trust_domain));
         }
         let named = [Some(&self.signing), self.rotation.root()];
         let mut missing = named.into_iter().flatten().filter(|id| self.root(id).is_none());
         match missing.next() {
-            Some(id) => material(format!("root {id} is not in it")),
+            Some(id) => wrong(format!("root {id} is not in it")),
             None => self.bundle().map(drop),
         }
     }
@@ -262,8 +262,7 @@ impl TrustState {
     /// # Errors
     /// When it is not there, which no checked document says.
     pub fn signing(&self) -> Result<&Root, CaError> {
-        self.root(&self.signing)
-            .ok_or_else(|| CaError::Material(format!("root {} is not there", self.signing)))
+        self.root(&self.signing).ok_or_else(|| CaError::State(format!("root {} is not there", self.signing)))
     }
 
     /// The trust bundle that it says.
