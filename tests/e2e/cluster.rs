@@ -182,7 +182,7 @@ fn a_mesh_policy_says_mode_exclusions_and_how_long_svids_live() {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let left = |account: &str| {
         let id = format!("spiffe://test.local/ns/demo/sa/{account}");
-        certs.iter().find(|it| it["id"] == *id).unwrap()["expires"].as_u64().unwrap() - now
+        certs.iter().find(|it| it["id"] == *id).unwrap()["notAfter"].as_u64().unwrap() - now
     };
     assert!(left("late") <= 900 && left("server") > 1800, "{} and {}", left("late"), left("server"));
 
