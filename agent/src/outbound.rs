@@ -131,13 +131,15 @@ impl Connection {
     #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
     fn serve(mut self) -> impl Future<Output = ()> {
         async move {
-            self.way.destination = self.shard.capture.original_dst(self.way.source, self.way.listener_port);
-            if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
-                // An answer that cannot be given says enough.
-                let _ = self.app.try_write(&[1]);
-                return;
-            }
+            // Whoever handed it on has taken the row, and counted it.
             if self.begun.is_none() {
+                let (source, port) = (self.way.source, self.way.listener_port);
+                self.way.destination = self.shard.capture.original_dst(source, port);
+                if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
+                    // An answer that cannot be given says enough.
+                    let _ = self.app.try_write(&[1]);
+                    return;
+                }
                 self.shard.observe.opened(Direction::Outbound);
             }
             match self.carry().await {
