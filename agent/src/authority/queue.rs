@@ -120,6 +120,11 @@ impl Queue {
         Ok(Slot { queue: Arc::clone(self), node: node.clone(), bytes })
     }
 
+    /// When to ask again.
+    pub(super) fn busy(&self) -> Busy {
+        Busy { retry_after: self.lock().retry_after() }
+    }
+
     /// How many are let in and not done, and of how many nodes.
     pub(super) fn depth(&self) -> (usize, usize) {
         let inner = self.lock();

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::{Stream, StreamExt, stream};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -14,7 +15,7 @@ use super::counters::Counters;
 use super::ledger::{Ledger, Presence};
 use super::proto::authority_server::Authority;
 use super::proto::{Applied, AttestRequest, Bundle, IssueRequest, Svid};
-use super::queue::{Busy, Queue};
+use super::queue::{Busy, Queue, Slot};
 use super::serve::PeerInfo;
 use super::wire;
 use crate::ca::state::seconds;
@@ -38,6 +39,8 @@ pub(super) struct Service {
     pub(super) bundle: watch::Sender<Arc<TrustBundle>>,
 }
 
+/// Whoever has waited this long is told to come back, well before either side gives the request up.
+const LONGEST_WAIT: Duration = Duration::from_secs(7);
 /// How often a node is listened to.
 const LISTEN_EVERY: Duration = Duration::from_millis(100);
 
@@ -145,25 +148,36 @@ impl Service {
         csr: Vec<u8>,
         now: SystemTime,
     ) -> Result<Chain, Refusal> {
-        let Asked { id, node, lifetime, held_until } = asked;
-        let bad_request = |words: String| Refusal("bad_request", Status::invalid_argument(words));
-        let name = NodeName::parse(node).map_err(|e| bad_request(e.to_string()))?;
+        let name = NodeName::parse(asked.node)
+            .map_err(|e| Refusal("bad_request", Status::invalid_argument(e.to_string())))?;
         let slot = self.queue.admit(&name, csr.len()).map_err(busy)?;
+        let signing = self.sign_in(&slot, name, asked, csr, now);
+        timeout(LONGEST_WAIT, signing).await.unwrap_or_else(|_| Err(busy(self.queue.busy())))
+    }
+
+    async fn sign_in(
+        &self,
+        slot: &Slot,
+        name: NodeName,
+        asked: Asked<'_>,
+        csr: Vec<u8>,
+        now: SystemTime,
+    ) -> Result<Chain, Refusal> {
         let ca = self.ledger.begin(&name, now).await.map_err(|error| {
             let words =
                 format!("the authority cannot write down what it issues, and so issues nothing: {error}");
             Refusal("store", Status::unavailable(words))
         })?;
         // A policy may shorten a life, never prolong it.
-        let most = self.directory.load().svid_lifetime(id, node).unwrap_or(self.lifetime);
-        let (id, lifetime) = (id.clone(), lifetime.min(self.lifetime).min(most));
-        let urgent = held_until < seconds(now + lifetime / 4);
+        let most = self.directory.load().svid_lifetime(asked.id, asked.node).unwrap_or(self.lifetime);
+        let (id, lifetime) = (asked.id.clone(), asked.lifetime.min(self.lifetime).min(most));
+        let urgent = asked.held_until < seconds(now + lifetime / 4);
         let work = move || {
             // The dear part.
             let key = ProvenKey::for_id(&csr, &id)?;
             ca.issue_to(&key, &id, Some(name.as_str()), lifetime, now)
         };
-        match slot.run(held_until, urgent, work).await {
+        match slot.run(asked.held_until, urgent, work).await {
             Some(Ok(chain)) => Ok(chain),
             Some(Err(CaError::Csr(error))) => {
                 Err(Refusal(error.reason(), Status::invalid_argument(error.to_string())))
