@@ -11,7 +11,7 @@ use nix::net::if_::if_nameindex;
 
 use super::exclusions::Excluded;
 use super::programs::ensure;
-use super::sys::{Hook, Table, Target};
+use super::sys::{Hook, Link, Table, Target};
 use super::{Capture, CaptureError, addr, diag, ip};
 use crate::config::{CaptureConfig, Guard, WhenDown};
 use crate::directory::{Mode, Workload};
@@ -228,6 +228,8 @@ impl Capture {
                 }
             }
             for (path, _) in self.pods.pins(cookie)? {
+                // Of a namespace that is gone it is detached already.
+                let _ = Link::open(&path).and_then(|link| link.detach());
                 fs::remove_file(path)?;
             }
             Ok(())

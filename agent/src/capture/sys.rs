@@ -26,6 +26,7 @@ const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
+const LINK_DETACH: libc::c_int = 34;
 
 /// Where a program is attached: `enum bpf_attach_type`, include/uapi/linux/bpf.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +133,11 @@ impl Link {
         }
         let attributes = Update { link: number(self.0.as_fd()), program: number(program), flags: 0, old: 0 };
         bpf(LINK_UPDATE, &attributes).map(drop)
+    }
+
+    /// Takes the program away at once; the end of the last pin does so some time later.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        bpf(LINK_DETACH, &number(self.0.as_fd())).map(drop)
     }
 
     /// What it is attached to now, as the kernel sees it.
