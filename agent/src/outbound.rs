@@ -35,7 +35,9 @@ pub async fn serve(shard: Shard, pod: Arc<Pod>, listener: TcpListener) {
             Ok((app, source)) => {
                 let source = SocketAddr::new(source.ip().to_canonical(), source.port());
                 let connection = Connection::new(shard.clone(), Arc::clone(&pod), app, source, local.port());
-                shard.clone().spawn(connection.serve());
+                if let Some(connection) = connection.take_up() {
+                    shard.clone().spawn(connection.serve());
+                }
             }
             Err(error) if shard.may_accept_again(local, &error).await => {}
             Err(_) => return,
@@ -127,21 +129,23 @@ impl Connection {
         Self { shard, pod, app, way, begun: None }
     }
 
+    /// Takes up where it wanted to go. One of our own, that tries the capture, is answered and no more.
+    fn take_up(mut self) -> Option<Self> {
+        let (source, port) = (self.way.source, self.way.listener_port);
+        self.way.destination = self.shard.capture.original_dst(source, port);
+        if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
+            // An answer that cannot be given says enough.
+            let _ = self.app.try_write(&[1]);
+            return None;
+        }
+        self.shard.observe.opened(Direction::Outbound);
+        Some(self)
+    }
+
     /// From the original destination to the log line.
     #[expect(clippy::manual_async_fn, reason = "an `async fn` would hold `self` twice")]
     fn serve(mut self) -> impl Future<Output = ()> {
         async move {
-            // Whoever handed it on has taken the row, and counted it.
-            if self.begun.is_none() {
-                let (source, port) = (self.way.source, self.way.listener_port);
-                self.way.destination = self.shard.capture.original_dst(source, port);
-                if self.way.destination.is_some_and(|to| self.shard.capture.is_probe(to)) {
-                    // An answer that cannot be given says enough.
-                    let _ = self.app.try_write(&[1]);
-                    return;
-                }
-                self.shard.observe.opened(Direction::Outbound);
-            }
             match self.carry().await {
                 Ok(End::Relayed(relayed)) => self.finish(Ok(relayed)),
                 Ok(End::Elsewhere(thread, pick)) => self.move_to(thread, pick),
