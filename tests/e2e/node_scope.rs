@@ -19,7 +19,7 @@ use hauberk::identity::svid::X509Svid;
 use hauberk::proof::{Binding, Side, prove};
 use hauberk::tls::handshake::{self, Established};
 use hauberk::tls::{self, ALPN_H2, ALPN_NODE};
-use http::{HeaderValue, Request, Response};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use intruder::{NODE, lay, node};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
@@ -260,6 +260,12 @@ impl Fake {
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
     ) {
+        if request.method() == Method::OPTIONS {
+            // It does not want to be introduced: what is asked here is how streams end.
+            let refusal = Response::builder().status(StatusCode::METHOD_NOT_ALLOWED).body(()).unwrap();
+            let _ = respond.send_response(refusal, true);
+            return;
+        }
         self.streams.fetch_add(1, Ordering::Relaxed);
         let proven = |svid| HeaderValue::from_str(&prove(svid, &binding, Side::Server).unwrap()).unwrap();
         let proof = match *self.answer.lock().unwrap() {
