@@ -50,7 +50,7 @@ async fn what_is_pinned_outlives_the_agent_is_adopted_and_can_be_removed() {
     assert!(first.set_mesh(["10.1.1.1".parse().unwrap()].into_iter()).unwrap(), "a member was added");
     let pins = place.pins();
     let links = pins.keys().filter(|name| name.starts_with("cgroup-")).count();
-    assert_eq!((links, pins.len() - links), (5, 14), "five hooks and fourteen maps: {pins:?}");
+    assert_eq!((links, pins.len() - links), (5, 16), "five hooks and sixteen maps: {pins:?}");
     drop(first);
     assert_eq!(place.pins(), pins, "nothing goes with the agent");
     let second = Capture::start(&place.config, 15008, &[], Pods::Named).unwrap();

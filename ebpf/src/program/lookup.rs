@@ -13,7 +13,7 @@ use ebpf::{
     VERDICT_PLAINTEXT_ACCEPTED, VERDICT_PLAINTEXT_REFUSED, VERDICT_PROBE_ACCEPTED,
 };
 
-use crate::ctx::{join, mapped, read32, same, split};
+use crate::ctx::{join, mapped, read32, same};
 use crate::gate::is_loopback;
 use crate::maps::{EXEMPT, POD_ADDRS, PROBES, count, excludes, report};
 
