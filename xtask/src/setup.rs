@@ -4,6 +4,7 @@ mod apiserver;
 mod bao;
 pub(crate) mod debian;
 mod kubectl;
+mod wheel;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
