@@ -140,10 +140,11 @@ impl Pool {
     /// made here.
     pub fn home(&self, node: &Key, now: Instant) -> Option<usize> {
         let mut slots = self.lock();
-        let slot = slots.entry(node.clone()).or_default();
-        if slot.has_own() {
+        // For each connection, so no key is made for those that find theirs.
+        if slots.get(node).is_some_and(Slot::has_own) {
             return None;
         }
+        let slot = slots.entry(node.clone()).or_default();
         let home = self.seat.elsewhere(&node.destination)?;
         (!self.is_forgone(node.address, now) && slot.sends_away(now)).then_some(home)
     }
