@@ -158,7 +158,6 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let news = Arc::new(Notify::new());
     tokio::spawn(hear_of_pods(Arc::clone(&capture), Arc::clone(&news)));
     let (first, enrolled) = oneshot::channel();
-    let policies = Arc::clone(&policies);
     let told = Told { directory, policies, news, orders: hear_orders, stop: stop_enrolling.clone() };
     let enrolling = enrol_for_ever(enroller, told, first)?;
     if let Some(predecessor) = predecessor {

@@ -226,6 +226,6 @@ mod tests {
         let (node, resumed) = (load.flow(Way::NodeScope), load.flow(Way::NodeScopeResumed));
         near(node.handshakes.0, node.keys.0 / 1800.0);
         near(resumed.full.0, node.keys.0 / 1800.0);
-        near(node.connections.0, node.keys.0);
+        assert_eq!(node.connections.0, node.keys.0);
     }
 }
