@@ -32,6 +32,7 @@ use crate::fleet::reach::Reach;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::issue;
+use crate::issue::keep::crls::CrlKeep;
 use crate::issue::keep::{self, Keep};
 use crate::policy::{self, Policies};
 use crate::rotate::{self, Rotator};
@@ -82,7 +83,8 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let domain = &config.trust_domain;
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
-    let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
+    let kept = CrlKeep::in_dir(&config.runtime_dir);
+    let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust), kept)?;
     let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
     let (directory, following_directory) =
         source::open(&config.directory, domain, Some(&config.node), policies.mesh()).await?;

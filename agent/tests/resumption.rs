@@ -9,8 +9,9 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hauberk::identity::revocation::{Revocations, Subject};
 use hauberk::issue::keep::tickets;
 use hauberk::tls;
 use hauberk::tls::server::{Judged, Listener};
@@ -20,7 +21,7 @@ use hauberk::verdict::{Reason, Unresumed};
 use rustls::HandshakeKind;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
-use sides::{BEGIN, LONG, Rule, bundle, id, intermediate, memory, memory_with, root, svid, world};
+use sides::{BEGIN, LONG, Rule, bundle, crls, id, intermediate, memory, memory_with, root, svid, world};
 
 #[tokio::test]
 async fn sessions_are_resumed_again_and_again_and_both_sides_know_the_peer() {
@@ -117,6 +118,52 @@ async fn refused_after_the_peers_leaf_was_revoked() {
     // Nothing but the peer's standing changes: the ticket opens, and its peer is judged.
     rule.on.store(true, Ordering::Relaxed);
     world.again().await.must_be_refused(Unresumed::Revoked, Reason::Revoked);
+}
+
+#[tokio::test]
+async fn refused_after_the_authority_listed_the_peer() {
+    let mut world = world();
+    world.resume().await;
+    let mut list = Revocations::default();
+    let now = UNIX_EPOCH + Duration::from_secs(BEGIN + 60);
+    list.revoke(Subject::SpiffeId(id("client")), now).unwrap();
+    (world.server.bundle, world.server.epoch) = (world.server.bundle.with_revocations(list.into()), 2);
+    world.again().await.must_be_refused(Unresumed::Revoked, Reason::Revoked);
+}
+
+#[tokio::test]
+async fn refused_after_a_crl_came_that_lists_the_peers_leaf() {
+    let mut world = world();
+    world.resume().await;
+    // One that names somebody else's changes nothing: its roots are the same.
+    let other = svid(&world.client_root, &[], &id("client"), LONG);
+    (world.server.bundle, world.server.epoch) =
+        (world.server.bundle.with_crls(crls(&world.client_root, &[&other], None)), 2);
+    world.again().await.must_be_resumed();
+    let listed = crls(&world.client_root, &[&other, &world.client.svid], None);
+    (world.server.bundle, world.server.epoch) = (world.server.bundle.with_crls(listed), 3);
+    world.again().await.must_be_refused(Unresumed::Revoked, Reason::Revoked);
+}
+
+#[tokio::test]
+async fn refused_after_the_crl_for_the_peers_leaf_was_overdue() {
+    let mut world = world();
+    let good = crls(&world.client_root, &[], None);
+    world.server.bundle = world.server.bundle.with_crls(good);
+    world.resume().await;
+    let overdue = crls(&world.client_root, &[], Some("overdue"));
+    (world.server.bundle, world.server.epoch) = (world.server.bundle.with_crls(overdue), 2);
+    world.again().await.must_be_refused(Unresumed::Revoked, Reason::Revoked);
+}
+
+#[tokio::test]
+async fn a_server_that_a_crl_lists_is_refused_by_the_client_that_would_resume() {
+    let mut world = world();
+    world.resume().await;
+    let listed = crls(&world.server_root, &[&world.server.svid], None);
+    (world.client.bundle, world.client.epoch) = (world.client.bundle.with_crls(listed), 2);
+    let went = world.again().await;
+    assert_eq!(went.client.err(), Some(Reason::Revoked));
 }
 
 #[tokio::test]

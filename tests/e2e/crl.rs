@@ -165,6 +165,14 @@ fn revoked_client_is_out_and_the_rest_stays(node_scope: bool) {
     outside.crl(&crl, 5, &[&serial], DAY);
     wait_until(SOON, "until the next list", || reaches(&world, "other", &to));
     assert!(!reaches(&world, "client", &to));
+    // Who restarts without the file remembers.
+    std::fs::remove_file(&crl).unwrap();
+    for node in ["n1", "n2"] {
+        world.agent(node).restart().unwrap();
+    }
+    wait_until(SOON, "the others are served again", || reaches(&world, "other", &to));
+    assert!(!reaches(&world, "client", &to), "the restart has forgotten who is revoked");
+    assert!(status(&world)["crlErrors"].to_string().contains("cannot read it"), "{}", status(&world));
     // Somebody's tool renews it.
     let id = SpiffeId::workload(&outside.domain, "demo", "client").unwrap();
     outside.svid(&world.dir().join("n1/svids"), "client.pem", &id);

@@ -19,7 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("mesh_policy", &["cidr", "config", "document"]),
     ("ca", &["identity"]),
     ("trust", &["identity"]),
-    ("crls", &["config", "identity", "trust"]),
+    ("crls", &["config", "identity", "issue", "trust"]),
     ("tls", &["identity", "telemetry", "verdict"]),
     ("issue", &["authority", "config", "identity", "tls", "trust", "verdict"]),
     ("authority", &["admin", "ca", "config", "directory", "fleet", "identity", "issue", "policy", "tls"]),

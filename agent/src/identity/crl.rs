@@ -139,13 +139,27 @@ impl Crl {
         }
     }
 
+    /// Whether both are one issuer's: the same in name and, where both say so, in key.
+    pub fn has_issuer_of(&self, other: &Self) -> bool {
+        self.is_by(&other.issuer, other.key_id.as_deref())
+    }
+
+    /// The issuer's name, for people.
+    pub fn issuer_name(&self) -> &str {
+        &self.issuer_name
+    }
+
     /// Whether it is the one to ask.
     fn answers_for(&self, certificate: &CertificateId) -> bool {
-        let same_key = match (&self.key_id, &certificate.key_id) {
+        self.is_by(&certificate.issuer, certificate.key_id.as_deref())
+    }
+
+    fn is_by(&self, issuer: &[u8], key_id: Option<&[u8]>) -> bool {
+        let same_key = match (self.key_id.as_deref(), key_id) {
             (Some(ours), Some(theirs)) => ours == theirs,
             _ => true,
         };
-        self.issuer == certificate.issuer && same_key
+        *self.issuer == *issuer && same_key
     }
 }
 
@@ -255,7 +269,7 @@ impl Crls {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::Duration;
 
     use rcgen::{
@@ -269,13 +283,13 @@ mod tests {
     use crate::identity::{SpiffeId, TrustDomain};
     use crate::issue::Keypair;
 
-    struct Authority {
-        ca: Ca,
+    pub(crate) struct Authority {
+        pub(crate) ca: Ca,
         issuer: Issuer<'static, KeyPair>,
         root: CertificateDer<'static>,
     }
 
-    fn authority() -> Authority {
+    pub(crate) fn authority() -> Authority {
         let domain = TrustDomain::parse("td.test").unwrap();
         let pem = create_root(&domain, SystemTime::now()).unwrap();
         let root = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
@@ -284,7 +298,7 @@ mod tests {
         Authority { ca: Ca::from_pem(domain, &pem).unwrap(), issuer, root }
     }
 
-    fn leaf(authority: &Authority) -> Leaf {
+    pub(crate) fn leaf(authority: &Authority) -> Leaf {
         let key = Keypair::generate().unwrap();
         let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
         let id = SpiffeId::parse("spiffe://td.test/ns/a/sa/web").unwrap();
@@ -292,7 +306,7 @@ mod tests {
         Leaf::from_der(&chain[0]).unwrap()
     }
 
-    fn list(authority: &Authority, number: u64, serials: &[&str], part: Option<&str>) -> Vec<u8> {
+    pub(crate) fn list(authority: &Authority, number: u64, serials: &[&str], part: Option<&str>) -> Vec<u8> {
         let now = SystemTime::now();
         let revoked = serials.iter().map(|hex| RevokedCertParams {
             serial_number: SerialNumber::from_slice(

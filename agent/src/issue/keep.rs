@@ -1,10 +1,12 @@
 //! Keeps the node's own SVID over a restart of the agent, in memory only, and what it knew of roots and
-//! revocations; in [`tickets`], the keys of session tickets; in [`nodes`], which nodes it spoke to.
+//! revocations; in [`crls`], the lists of other CAs; in [`tickets`], the keys of session tickets; in [`nodes`], which
+//! nodes it spoke to.
 //!
 //! A restarted agent has used its join token up, and must not forget whom it refused, nor which roots it had
 //! applied, while the authority is away. Keys never touch a disk: the file is written only
 //! where the file system is a tmpfs, and goes with the machine's power.
 
+pub mod crls;
 pub mod nodes;
 pub mod tickets;
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use hauberk::identity::bundle::TrustBundle;
+use hauberk::identity::crl::{Crl, Crls, Listed};
 use hauberk::identity::svid::{Leaf, X509Svid};
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::telemetry::{Metrics, Observe};
@@ -18,7 +19,8 @@ use hauberk::tls::verify::{Expected, Judge, Refused};
 use hauberk::tls::{self, Settled};
 use hauberk::verdict::{Reason, Unresumed};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, Issuer,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{PrivateKeyDer, ServerName, UnixTime};
@@ -26,6 +28,7 @@ use rustls::time_provider::TimeProvider;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// Certificates begin here, and clocks a minute later.
 pub(crate) const BEGIN: u64 = 1_800_000_000;
@@ -64,7 +67,7 @@ pub(crate) fn ca_params(name: &str, life: u64) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(rcgen::DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     valid(&mut params, life);
     params
 }
@@ -101,6 +104,37 @@ pub(crate) fn svid(
     let key = tls::provider::provider().key_provider.load_private_key(key).unwrap();
     let chain = [leaf.der().clone()].into_iter().chain(between.iter().map(|ca| ca.der().clone()));
     X509Svid::new(chain.collect(), key).unwrap()
+}
+
+/// A CA's CRL of these, as it stands in a bundle; `unknown` says why it cannot be answered by.
+pub(crate) fn crls(
+    issuer: &Issuer<'static, KeyPair>,
+    revoked: &[&X509Svid],
+    unknown: Option<&str>,
+) -> Arc<Crls> {
+    let serial = |svid: &&X509Svid| {
+        let (_, leaf) = X509Certificate::from_der(&svid.certified_key().cert[0]).unwrap();
+        SerialNumber::from_slice(leaf.raw_serial())
+    };
+    let time = |seconds| (UNIX_EPOCH + Duration::from_secs(seconds)).into();
+    let params = CertificateRevocationListParams {
+        this_update: time(BEGIN),
+        next_update: time(BEGIN + LONG),
+        crl_number: SerialNumber::from(1u64),
+        issuing_distribution_point: None,
+        revoked_certs: revoked
+            .iter()
+            .map(|svid| RevokedCertParams {
+                serial_number: serial(svid),
+                revocation_time: time(BEGIN),
+                reason_code: None,
+                invalidity_date: None,
+            })
+            .collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    let crl = Arc::new(Crl::from_der(params.signed_by(issuer).unwrap().der()).unwrap());
+    Arc::new(Crls(vec![Listed { file: "a.crl".into(), crl, unknown: unknown.map(Into::into), fault: None }]))
 }
 
 /// A rule that can be turned on, and that may or may not show in its name.
