@@ -332,6 +332,11 @@ pub struct TunnelConfig {
     /// A pooled connection without streams is closed after this. Default 300 s.
     #[serde(rename = "idleTimeoutSeconds", deserialize_with = "seconds")]
     pub idle_timeout: Duration,
+    /// How long open streams may outlive the certificates of their connection, from when the first of the two
+    /// expires. From then on it takes no new streams; at the end of this time those that are left are cut. Default
+    /// a day: what is renewed is made anew long before, and few applications hold a connection for longer.
+    #[serde(rename = "outliveSvidSeconds", deserialize_with = "seconds")]
+    pub outlive: Duration,
     /// Most streams on one connection before another is dialled.
     pub max_streams: u32,
     /// HTTP/2 window of one stream, in bytes: the most a stalled reader makes the agent hold. Room is
@@ -356,6 +361,7 @@ impl Default for TunnelConfig {
             connect_timeout: Duration::from_secs(3),
             handshake_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(300),
+            outlive: Duration::from_secs(24 * 3600),
             max_streams: 4096,
             stream_window: 8 << 20,
             max_handshakes: 512,

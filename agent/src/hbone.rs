@@ -7,6 +7,7 @@ pub mod client;
 pub mod forwarded;
 pub mod lease;
 pub mod server;
+pub mod term;
 pub mod traffic;
 
 use std::future::{Future, poll_fn};
@@ -22,6 +23,7 @@ use http::StatusCode;
 
 use crate::verdict::Reason;
 pub use lease::Lease;
+pub use term::Term;
 use traffic::Traffic;
 
 /// The response header that says why a CONNECT was refused: one of [`Reason`]'s labels.
@@ -64,8 +66,8 @@ pub struct Stream {
     pub recv: Recv,
     /// Its place on a pooled tunnel, which counts them and what they move; `None` on the accepting side.
     pub place: Option<Arc<Traffic>>,
-    /// Cut when one of the certificates that it rests on is revoked. `None` for a stream that nobody
-    /// cuts.
+    /// Cut when one of the certificates that it rests on is revoked, or expired long ago. `None` for a stream
+    /// that nobody cuts.
     pub lease: Option<Arc<Lease>>,
 }
 
@@ -157,6 +159,8 @@ fn refusal(response: &http::Response<RecvStream>) -> Reason {
 /// The HTTP/2 error code of a stream that an access policy ended. Not one of RFC 9113's, so any other
 /// peer takes it for an internal error (section 7), which ends the stream as well.
 const DENIED_BY_POLICY: u32 = 0x6862_6b01;
+/// The same for one whose connection's certificates expired long ago.
+const EXPIRED: u32 = 0x6862_6b02;
 
 /// The HTTP/2 error code that tells a peer why its stream or tunnel is ended (RFC 9113, section 7).
 pub fn code(reason: Reason) -> h2::Reason {
@@ -164,6 +168,7 @@ pub fn code(reason: Reason) -> h2::Reason {
         // Nothing else says it here: below HTTP/2 there is always mutual TLS 1.3.
         Reason::Revoked => h2::Reason::INADEQUATE_SECURITY,
         Reason::DeniedByPolicy => DENIED_BY_POLICY.into(),
+        Reason::Expired => EXPIRED.into(),
         _ => h2::Reason::CANCEL,
     }
 }
@@ -174,14 +179,16 @@ pub fn reset_reason(code: h2::Reason) -> Reason {
         h2::Reason::REFUSED_STREAM => Reason::Overload,
         h2::Reason::INADEQUATE_SECURITY => Reason::Revoked,
         _ if u32::from(code) == DENIED_BY_POLICY => Reason::DeniedByPolicy,
+        _ if u32::from(code) == EXPIRED => Reason::Expired,
         _ => Reason::PeerReset,
     }
 }
 
 /// Why an HTTP/2 connection or stream ended, from h2's error.
 pub fn reason(error: &h2::Error) -> Reason {
-    if error.reason() == Some(code(Reason::Revoked)) {
-        return Reason::Revoked;
+    // Also of a whole connection.
+    if let Some(why) = [Reason::Revoked, Reason::Expired].into_iter().find(|why| error.reason() == Some(code(*why))) {
+        return why;
     }
     if error.is_reset() && error.is_remote() {
         return error.reason().map_or(Reason::PeerReset, reset_reason);

@@ -6,12 +6,12 @@ mod stream;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::timeout;
+use tokio::time::{sleep_until, timeout};
 
-use crate::hbone::{self, LAST_WORDS, Lease, server};
+use crate::hbone::{self, LAST_WORDS, Lease, Term, server};
 use crate::identity::SpiffeId;
 use crate::identity::svid::{Leaf, X509Svid};
 use crate::pool::{Word, dial};
@@ -132,8 +132,8 @@ async fn prove(
     Ok((stream, Proof { peer: leaf, own, exporter: session.exporter }, resumed))
 }
 
-/// Serves one tunnel's streams until it ends, or until a certificate of it is revoked; asks the peer to
-/// leave when the agent drains.
+/// Serves one tunnel's streams until it ends, a certificate of it is revoked, or its term is over; asks the peer to
+/// leave when the agent drains, and when the first certificate expires.
 async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address: SocketAddr) {
     let peer = Peer { id: proof.peer.id.clone(), address };
     let start = server::start(io, shard.tunnel.stream_window, shard.tunnel.max_streams);
@@ -151,6 +151,9 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
     let mut revoked = std::pin::pin!(shard.trust.until_revoked(&leaves));
     let mut changes = shard.trust.subscribe();
     let mut farewell = std::pin::pin!(shard.farewell());
+    let term = Term::of(leaves, shard.tunnel.outlive, SystemTime::now(), Instant::now());
+    let mut retire = std::pin::pin!(sleep_until(term.retire.into()));
+    let mut end = std::pin::pin!(sleep_until(term.end.into()));
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
@@ -158,7 +161,7 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
             biased;
             revoked = &mut revoked => {
                 shard.observe.cut(Role::Server, &revoked);
-                tunnel.cut();
+                tunnel.cut(Reason::Revoked);
                 let _ = timeout(LAST_WORDS, connection.abort(hbone::code(Reason::Revoked))).await;
                 return;
             }
@@ -170,10 +173,16 @@ async fn tunnel(shard: Shard, front: Front, io: TlsStream, proof: Proof, address
                 continue;
             }
             accepted = connection.accept() => accepted,
-            () = &mut farewell, if !draining => {
+            () = async { tokio::select! { () = &mut farewell => {}, () = &mut retire => {} } }, if !draining => {
                 connection.graceful_shutdown();
                 draining = true;
                 continue;
+            }
+            () = &mut end => {
+                shard.observe.outlived(&peer.id);
+                tunnel.cut(Reason::Expired);
+                let _ = timeout(LAST_WORDS, connection.abort(hbone::code(Reason::Expired))).await;
+                return;
             }
             () = front.gone().cancelled() => return,
         };

@@ -17,9 +17,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{sleep_until, timeout};
 
 use crate::deliver::Delivered;
+use crate::hbone::Term;
 use crate::identity::svid::Leaf;
 use crate::pod::Pod;
 use crate::policy::{Admitted, Attempt, Denial};
@@ -219,8 +220,8 @@ impl Open {
     }
 }
 
-/// Resolves when the connection has to end: a pod is gone, a certificate revoked, a policy changed, or the
-/// drain's deadline has come.
+/// Resolves when the connection has to end: a pod is gone, a certificate revoked or expired long ago, a policy changed,
+/// or the drain's deadline has come.
 async fn stop(
     shard: &Shard,
     passage: &Passage,
@@ -229,7 +230,9 @@ async fn stop(
     denial: &mut Option<Denial>,
 ) -> Reason {
     let leaves = [&leaves[0], &leaves[1]];
+    let term = Term::of(leaves, shard.tunnel.outlive, SystemTime::now(), Instant::now());
     tokio::select! {
+        () = sleep_until(term.end.into()) => Reason::Expired,
         reason = shard.stop(&passage.from.gone) => reason,
         () = passage.to.gone.cancelled() => Reason::Draining,
         _ = shard.trust.until_revoked(&leaves) => Reason::Revoked,

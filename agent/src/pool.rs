@@ -3,7 +3,8 @@
 //! Two streams share a connection exactly when sharing shows either side the same two SPIFFE IDs,
 //! verified against the same trust: the key carries every input of the verification decision, and
 //! the slot drops what was verified against an older state. A dropped connection ends by itself
-//! when its last stream does, so a rotation closes nothing that is in use. In node scope the two SPIFFE
+//! when its last stream does, so a rotation closes nothing that is in use; at the latest it ends some time after its
+//! certificates have expired ([`crate::hbone::Term`]). In node scope the two SPIFFE
 //! IDs are the nodes', and each stream's workloads are proven on the connection ([`crate::proof`]).
 //!
 //! One pool belongs to one thread; its lock is never contended and never held across an await. A stream between
@@ -202,8 +203,9 @@ impl Pool {
         let Turn { next, dial, first_use } = poll_fn(|cx| {
             let mut slots = self.lock();
             let slot = slots.entry(key.clone()).or_default();
-            slot.discard(epoch, cx);
-            Poll::Ready(slot.next(epoch, self.max_streams, Instant::now(), crowd))
+            let now = Instant::now();
+            slot.discard(epoch, now, cx);
+            Poll::Ready(slot.next(epoch, self.max_streams, now, crowd))
         })
         .await;
         if dial {
@@ -250,7 +252,7 @@ impl Pool {
         let cut_off = || Failure { reason: Reason::Internal, detail: "dialling was cut off".into() };
         let _permit = self.ahead.acquire().await.map_err(|_| cut_off())?;
         let epoch = self.dialer.epoch(&key.source);
-        let dial = self.lock().entry(key.clone()).or_default().begin_ahead(epoch);
+        let dial = self.lock().entry(key.clone()).or_default().begin_ahead(epoch, Instant::now());
         if !dial {
             return Ok(false);
         }

@@ -83,8 +83,8 @@ struct Ways {
 impl Ways {
     /// Moves what can be moved; ready with the reason once the connection is over.
     fn poll(&mut self, app: &mut TcpStream, cx: &mut Context<'_>) -> Poll<Reason> {
-        if self.cut.as_mut().is_some_and(|cut| cut.poll(cx).is_ready()) {
-            return Poll::Ready(Reason::Revoked);
+        if let Some(Poll::Ready(why)) = self.cut.as_mut().map(|cut| cut.poll(cx)) {
+            return Poll::Ready(why);
         }
         let before = self.moved();
         let (mut read, write) = app.split();

@@ -102,6 +102,11 @@ impl Observe {
         self.metrics.cut(role);
     }
 
+    /// A tunnel was closed because its certificates expired longer ago than streams may outlive them.
+    pub fn outlived(&self, peer: &SpiffeId) {
+        tracing::info!(%peer, "closing a tunnel whose certificates expired long ago (tunnel.outliveSvidSeconds)");
+    }
+
     /// A pooled connection came (`+1`) or went (`-1`).
     pub fn pool(&self, change: i64) {
         self.metrics.pool(change);

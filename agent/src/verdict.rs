@@ -79,7 +79,7 @@ labels! {
         UnknownIssuer = "unknown_issuer",
         /// The peer's identity is of another trust domain.
         OtherTrustDomain = "other_trust_domain",
-        /// The peer's certificate has expired.
+        /// The peer's certificate has expired; or those of an open connection did, long ago.
         Expired = "expired",
         /// The peer's certificate is not valid yet.
         NotYetValid = "not_yet_valid",

@@ -58,6 +58,54 @@ fn ten_rotations_a_minute_under_load_fail_no_request_and_cut_no_stream() {
     assert_eq!(watch.said().unwrap()["ended"], "end");
 }
 
+/// A connection that stays, and for how long it may.
+fn outlives_as_long_as_configured(node_scope: bool) {
+    let yaml = "tunnel: {outliveSvidSeconds: 6}\n".into();
+    let mut world = world(Options { svid_seconds: 12, agent_yaml: yaml, node_scope, ..Options::default() });
+    world.pod("near", "n1", Mode::Strict).unwrap();
+    world.start().unwrap();
+    let (client, server, near) = (world.get("client"), world.get("server"), world.get("near"));
+    let _echoes = [server, near].map(|pod| pod.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap());
+    let reaches = |pod: &tests::world::Pod| client.host.actor(&["poke", &pod.v4(8081)]).unwrap()["end"] == "data";
+    wait_until(SOON, "both are reached", || reaches(server) && reaches(near));
+    let began = Instant::now();
+    let stays = [server, near].map(|pod| client.host.actor_server(&["stay", &pod.v4(8081)]).unwrap());
+    let lane = std::thread::scope(|scope| {
+        let lane = scope.spawn(|| client.host.actor(&["loop", &server.v4(8081), "22"]).unwrap());
+        for mut stay in stays {
+            assert_eq!(stay.said().unwrap()["ended"], "reset");
+            let lived = began.elapsed();
+            // What is left of an SVID that is about to be renewed, and the whole life of a new one.
+            assert!(lived >= Duration::from_secs(10), "cut after {lived:?}, before its time");
+            assert!(lived <= Duration::from_secs(12 + 6 + 4), "it lived for {lived:?}");
+        }
+        lane.join().unwrap()
+    });
+    assert_eq!(lane["ok"], lane["all"], "what came meanwhile was carried: {lane}");
+    let expired = |node: &str, direction| {
+        world.agent_ref(node).wait_metric("hauberk_connections_total", &[direction, "reason=\"expired\""], 1.0)
+    };
+    expired("n1", "outbound").unwrap();
+    expired("n2", "inbound").unwrap();
+
+    // Without renewals no stream is opened on what has expired.
+    world.stop_authority();
+    let (client, server) = (world.get("client"), world.get("server"));
+    wait_until(SOON, "nothing is carried under expired SVIDs", || {
+        client.host.actor(&["poke", &server.v4(8081)]).unwrap()["end"] != "data"
+    });
+}
+
+#[test]
+fn a_stream_outlives_its_connections_svids_as_long_as_configured_in_node_scope() {
+    outlives_as_long_as_configured(true);
+}
+
+#[test]
+fn a_stream_outlives_its_connections_svids_as_long_as_configured_in_workload_scope() {
+    outlives_as_long_as_configured(false);
+}
+
 #[test]
 fn whoever_asked_to_outlive_an_outage_is_told_when_that_margin_is_gone_and_when_it_is_back() {
     let yaml = "drainSeconds: 5\navailabilityTargetSeconds: 15\n".into();

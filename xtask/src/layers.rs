@@ -42,6 +42,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "local",
         &[
             "deliver",
+            "hbone",
             "identity",
             "pod",
             "policy",

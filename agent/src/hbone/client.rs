@@ -119,7 +119,7 @@ impl Tunnel {
 
     /// Whether the connection can still take streams.
     pub fn is_open(&mut self, cx: &mut Context<'_>) -> bool {
-        !self.lease.is_cut() && !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
+        self.lease.is_cut().is_none() && !matches!(self.send.poll_ready(cx), Poll::Ready(Err(_)))
     }
 
     /// Takes a place for a stream.

@@ -1,29 +1,31 @@
 //! A stream's place on its tunnel: counted, and told when the tunnel is cut.
 
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use crate::verdict::Reason;
+
 /// Shared by a tunnel and its streams.
 #[derive(Debug, Default)]
 pub struct Lease {
-    cut: AtomicBool,
+    cut: OnceLock<Reason>,
     token: CancellationToken,
 }
 
 impl Lease {
-    /// Ends every stream of the tunnel: one of its certificates has been revoked.
-    pub fn cut(&self) {
-        self.cut.store(true, Ordering::Release);
+    /// Ends every stream of the tunnel: one of its certificates has been revoked, or expired long ago.
+    pub fn cut(&self, why: Reason) {
+        // The first reason stands.
+        let _ = self.cut.set(why);
         self.token.cancel();
     }
 
-    /// Whether [`Lease::cut`] was called.
-    pub fn is_cut(&self) -> bool {
-        self.cut.load(Ordering::Acquire)
+    /// Why [`Lease::cut`] was called, if it was.
+    pub fn is_cut(&self) -> Option<Reason> {
+        self.cut.get().copied()
     }
 }
 
@@ -42,17 +44,18 @@ impl Cut {
         Self { lease, cancelled, waker: None }
     }
 
-    /// Ready once the tunnel was cut.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready once the tunnel was cut, with the reason.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Reason> {
         use std::future::Future;
-        if self.lease.is_cut() {
-            return Poll::Ready(());
+        if let Some(why) = self.lease.is_cut() {
+            return Poll::Ready(why);
         }
         if self.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             return Poll::Pending;
         }
         self.waker = Some(cx.waker().clone());
-        self.cancelled.as_mut().poll(cx)
+        // The reason is there before the token says anything.
+        self.cancelled.as_mut().poll(cx).map(|()| self.lease.is_cut().unwrap_or(Reason::Internal))
     }
 }
 
@@ -72,7 +75,9 @@ mod tests {
         // Another task, another waker.
         let waiting = tokio::spawn(async move { poll_fn(|cx| cut.poll(cx)).await });
         tokio::task::yield_now().await;
-        lease.cut();
-        tokio::time::timeout(Duration::from_secs(1), waiting).await.unwrap().unwrap();
+        lease.cut(Reason::Expired);
+        lease.cut(Reason::Revoked);
+        let why = tokio::time::timeout(Duration::from_secs(1), waiting).await.unwrap().unwrap();
+        assert_eq!(why, Reason::Expired, "the first reason stands");
     }
 }

@@ -113,11 +113,11 @@ pub(super) enum Tunnel {
 }
 
 impl Tunnel {
-    /// Ends all streams: the tunnel rests on something that was revoked.
-    pub(super) fn cut(&self) {
+    /// Ends all streams: the tunnel rests on something that was revoked, or expired long ago.
+    pub(super) fn cut(&self, why: Reason) {
         match self {
-            Self::Workload { lease, .. } => lease.cut(),
-            Self::Node(proofs) => proofs.cut_all(),
+            Self::Workload { lease, .. } => lease.cut(why),
+            Self::Node(proofs) => proofs.cut_all(why),
         }
     }
 }

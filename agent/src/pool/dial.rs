@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustls::HandshakeKind;
 use rustls::pki_types::{ServerName, UnixTime};
@@ -14,7 +14,7 @@ use super::slot::Epoch;
 use super::{Failure, Key};
 use crate::config::TunnelConfig;
 use crate::hbone::client::{Driver, Tunnel};
-use crate::hbone::{LAST_WORDS, Lease};
+use crate::hbone::{LAST_WORDS, Lease, Term};
 use crate::identity::SpiffeId;
 use crate::identity::svid::{Leaf, X509Svid};
 use crate::proof::connection::Proofs;
@@ -38,6 +38,7 @@ pub(super) struct Dialled {
     /// In node scope, what is proven on it.
     pub(super) proofs: Option<Arc<Proofs>>,
     pub(super) epoch: Epoch,
+    pub(super) term: Term,
 }
 
 /// Dials peers.
@@ -86,31 +87,41 @@ impl Dialer {
         };
         self.observe.pool(1);
         let (dialler, own) = (self.clone(), svid.leaf().clone());
+        let term = Term::of([&own, &peer], self.config.outlive, SystemTime::now(), Instant::now());
         let (lease, held) = (Arc::downgrade(tunnel.lease()), proofs.clone());
         tokio::spawn(async move {
-            dialler.drive(driver, [&own, &peer], lease, held).await;
+            dialler.drive(driver, [&own, &peer], term, lease, held).await;
             dialler.observe.pool(-1);
         });
-        Ok(Dialled { tunnel, proofs, epoch: epoch(&svid, &snapshot) })
+        Ok(Dialled { tunnel, proofs, epoch: epoch(&svid, &snapshot), term })
     }
 
-    /// Moves a tunnel's bytes until it ends, or until one of its two certificates is revoked; in node
-    /// scope, cuts the streams of workloads that are.
+    /// Moves a tunnel's bytes until it ends, or until one of its two certificates is revoked or its term is over; in
+    /// node scope, cuts the streams of workloads whose certificates are revoked.
     async fn drive(
         &self,
         driver: Driver,
         leaves: [&Leaf; 2],
+        term: Term,
         lease: Weak<Lease>,
         proofs: Option<Arc<Proofs>>,
     ) {
         let mut driver = std::pin::pin!(driver);
         let mut changes = self.trust.subscribe();
         let mut revoked = std::pin::pin!(self.trust.until_revoked(&leaves));
-        let revoked = loop {
+        let mut end = std::pin::pin!(tokio::time::sleep_until(term.end.into()));
+        let why = loop {
             tokio::select! {
                 // How it ended shows in the streams; a pooled connection that just ends is no event.
                 _ = &mut driver => return,
-                revoked = &mut revoked => break revoked,
+                revoked = &mut revoked => {
+                    self.observe.cut(Role::Client, &revoked);
+                    break Reason::Revoked;
+                }
+                () = &mut end => {
+                    self.observe.outlived(&leaves[1].id);
+                    break Reason::Expired;
+                }
                 changed = changes.changed(), if proofs.is_some() => {
                     let cut = proofs.as_ref().and_then(|proofs| proofs.cut_revoked(&self.trust.snapshot()));
                     if let Some(revoked) = cut {
@@ -123,12 +134,11 @@ impl Dialer {
             }
         };
         if let Some(lease) = lease.upgrade() {
-            lease.cut();
+            lease.cut(why);
         }
         if let Some(proofs) = proofs {
-            proofs.cut_all();
+            proofs.cut_all(why);
         }
-        self.observe.cut(Role::Client, &revoked);
         // The streams' resets tell the peer why.
         let _ = timeout(LAST_WORDS, driver).await;
     }

@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 
 use super::dial::Dialled;
 use super::{Failure, Waiter};
+use crate::hbone::Term;
 use crate::hbone::client::{Place, Tunnel};
 use crate::identity::SpiffeId;
 use crate::proof::connection::Proofs;
@@ -51,6 +52,7 @@ struct Pooled {
     proofs: Option<Arc<Proofs>>,
     /// The trust it was verified against.
     epoch: Epoch,
+    term: Term,
     idle_since: Option<Instant>,
     /// Whether it has had a stream.
     used: bool,
@@ -78,15 +80,15 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// Lets go of what is closed, or was verified against other roots than `epoch`'s. What was made with
-    /// an earlier SVID goes too; in node scope only when there is a new connection, as the old one is as
+    /// Lets go of what is closed, has an expired certificate, or was verified against other roots than `epoch`'s.
+    /// What was made with an earlier SVID goes too; in node scope only when there is a new connection, as the old one is as
     /// good until then.
-    pub(super) fn discard(&mut self, epoch: Option<Epoch>, cx: &mut Context<'_>) {
+    pub(super) fn discard(&mut self, epoch: Option<Epoch>, now: Instant, cx: &mut Context<'_>) {
         let renewed = self.is_fresh(epoch);
         self.pooled.retain_mut(|p| {
             let same_roots = epoch.is_some_and(|epoch| epoch.roots == p.epoch.roots);
             let good = Some(p.epoch) == epoch || !renewed && p.proofs.is_some() && same_roots;
-            good && p.tunnel.is_open(cx)
+            good && p.term.retire > now && p.tunnel.is_open(cx)
         });
     }
 
@@ -101,12 +103,12 @@ impl Slot {
     }
 
     /// The same for whoever has no stream to wait with. Without an SVID there is nothing to dial with.
-    pub(super) fn begin_ahead(&mut self, epoch: Option<Epoch>) -> bool {
+    pub(super) fn begin_ahead(&mut self, epoch: Option<Epoch>, now: Instant) -> bool {
         self.refreshing = false;
         if epoch.is_none() {
             return false;
         }
-        self.discard(epoch, &mut Context::from_waker(Waker::noop()));
+        self.discard(epoch, now, &mut Context::from_waker(Waker::noop()));
         self.begin_dial(epoch)
     }
 
@@ -191,15 +193,18 @@ impl Slot {
         outcome: Result<Dialled, Failure>,
     ) -> (Vec<Waiter>, Result<(), Failure>) {
         self.dialling = false;
-        let told = outcome.map(|Dialled { tunnel, proofs, epoch }| {
-            self.pooled.push(Pooled { tunnel, proofs, epoch, idle_since: None, used: false });
+        let told = outcome.map(|Dialled { tunnel, proofs, epoch, term }| {
+            self.pooled.push(Pooled { tunnel, proofs, epoch, term, idle_since: None, used: false });
         });
         (std::mem::take(&mut self.waiting), told)
     }
 
-    /// Lets go of what has had no stream for `idle`.
+    /// Lets go of what has had no stream for `idle`, and of what may take none any more.
     pub(super) fn expire(&mut self, now: Instant, idle: Duration) {
         self.pooled.retain_mut(|pooled| {
+            if pooled.term.retire <= now {
+                return false;
+            }
             if pooled.tunnel.streams() > 0 {
                 pooled.idle_since = None;
                 return true;

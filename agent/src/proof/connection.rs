@@ -201,7 +201,7 @@ impl Proofs {
             let Some(revoked) = revoked else { return true };
             // The other end may have been quicker, and no stream be left here.
             if let Some(lease) = streams.lease.upgrade() {
-                lease.cut();
+                lease.cut(Reason::Revoked);
             }
             first.get_or_insert(revoked);
             false
@@ -209,11 +209,11 @@ impl Proofs {
         first
     }
 
-    /// Cuts every stream: the connection itself rests on something that is revoked.
-    pub fn cut_all(&self) {
+    /// Cuts every stream: the connection itself rests on something that is revoked, or expired long ago.
+    pub fn cut_all(&self, why: Reason) {
         for (_, streams) in lock(&self.streams).drain() {
             if let Some(lease) = streams.lease.upgrade() {
-                lease.cut();
+                lease.cut(why);
             }
         }
     }
@@ -331,7 +331,7 @@ mod tests {
         list.revoke(Subject::SpiffeId(scene.web.id().clone()), SystemTime::now()).unwrap();
         scene.trust.set_revocations(list);
         assert!(scene.server.cut_revoked(&scene.trust.snapshot()).is_some());
-        assert!(cut.is_cut() && !left.is_cut());
+        assert_eq!((cut.is_cut(), left.is_cut()), (Some(Reason::Revoked), None));
         assert_eq!(scene.knows().unwrap_err(), Reason::Revoked);
     }
 
