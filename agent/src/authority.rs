@@ -6,6 +6,7 @@
 //! as they are made. Signing itself is `ca`'s, and so is what may follow in a rotation of the root; the
 //! [`keeper`] has it happen.
 
+mod clock;
 pub mod config;
 mod counters;
 mod istio;

@@ -1,9 +1,9 @@
-//! Keeps every SVID fresh: when to renew (pure, time is an argument), and the task that does it.
+//! Keeps every SVID fresh: the task that renews what is due. When that is, [`schedule`] says.
 //!
-//! Renewal begins at half of an SVID's life, give or take a tenth so that a fleet does not ask at
-//! once, and so always before two thirds; earlier where that keeps the availability target: SVIDs then outlive
-//! an outage of the issuer of that length, whenever it begins. A failed renewal keeps what is held and tries
-//! again, more often the less life is left; one that is revoked is renewed at once. Every renewal has a new key.
+//! A failed renewal keeps what is held and tries again; one that is revoked is renewed at once. Every renewal has a
+//! new key.
+
+pub mod schedule;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,29 +20,16 @@ use crate::telemetry::Observe;
 use crate::telemetry::metrics::Margin;
 use crate::trust::{Snapshot, Trust};
 use crate::verdict::{Issuance, IssuerKind};
+pub use schedule::{Moment, Standing};
+use schedule::{FIRST_BACKOFF, backoff, renewal};
 
 /// Requests under way at once: a node with many identities shall not crowd out the others.
 const CONCURRENT: usize = 8;
 /// The longest sleep. Short, because the clock may jump.
 const LONGEST_SLEEP: Duration = Duration::from_secs(5);
-const FIRST_BACKOFF: Duration = Duration::from_secs(1);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(150);
 /// The longest wait before the bundle's stream is opened again: while it is closed, revocations do not
 /// arrive.
 const LONGEST_UNHEARD: Duration = Duration::from_secs(5);
-
-/// How one identity's SVID stands.
-#[derive(Clone, Debug)]
-pub struct Standing {
-    /// End of validity of the SVID that is held.
-    pub not_after: Option<SystemTime>,
-    /// When it is renewed, or tried again.
-    pub next: SystemTime,
-    /// Failures in a row.
-    pub failures: u32,
-    /// Why the last try failed.
-    pub last_error: Option<String>,
-}
 
 /// How all of them stand.
 #[derive(Debug, Default)]
@@ -60,34 +47,12 @@ impl Status {
     }
 }
 
-/// When an SVID that was obtained at `obtained` is renewed; `chance` is between 0 and 1. While `target` is less
-/// than nine tenths of its life, as much is left then.
-fn renewal(obtained: SystemTime, not_after: SystemTime, target: Option<Duration>, chance: f64) -> SystemTime {
-    let life = not_after.duration_since(obtained).unwrap_or_default();
-    let chance = chance.clamp(0.0, 1.0);
-    let half = life.mul_f64(0.45 + 0.1 * chance);
-    let spare = target.map_or(life, |target| life.saturating_sub(target));
-    // However short of life, an SVID is not renewed more often than some ten times in it.
-    obtained + half.min(spare.max(life / 10).mul_f64(0.8 + 0.2 * chance))
-}
-
 /// How long what is held outlives the issuer, and whether that is as long as it shall be.
 pub fn margin(held: &Snapshot, target: Option<Duration>, now: SystemTime) -> Margin {
     let ends = held.svids.values().map(|svid| svid.leaf().not_after).min();
     let left = ends.map(|end| end.duration_since(now).unwrap_or_default());
     let at_risk = left.zip(target).is_some_and(|(left, target)| left < target);
     Margin { left, target, at_risk }
-}
-
-/// How long to wait after `failures` in a row, with `left` of the held SVID's life.
-fn backoff(failures: u32, left: Option<Duration>, asked: Option<Duration>) -> Duration {
-    let doubled = FIRST_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(10));
-    let wanted = doubled.min(LONGEST_BACKOFF).max(asked.unwrap_or_default());
-    match left {
-        // However long the issuer wants us to wait, four more tries fit into what is left.
-        Some(left) => wanted.min(left / 4).max(FIRST_BACKOFF / 2),
-        None => wanted,
-    }
 }
 
 /// Keeps SVIDs fresh.
@@ -140,8 +105,8 @@ impl Rotator {
         loop {
             let identities = self.identities(&wanted.borrow_and_update());
             self.forget(&identities);
-            let now = SystemTime::now();
-            self.tell_of_margin(&mut at_risk, now);
+            let now = Moment::now();
+            self.tell_of_margin(&mut at_risk, now.wall);
             let sleep = self.ask_for_due(&identities, now, &mut under_way, &mut asking);
             tokio::select! {
                 Some(renewed) = under_way.join_next(), if !under_way.is_empty() => {
@@ -149,7 +114,7 @@ impl Rotator {
                     match renewed {
                         Ok((id, outcome)) => {
                             asking.remove(&id);
-                            self.take(id, outcome, SystemTime::now());
+                            self.take(id, outcome, Moment::now());
                         }
                         Err(_) => asking.clear(),
                     }
@@ -159,8 +124,8 @@ impl Rotator {
                         return;
                     }
                 }
-                Ok(()) = bundles.changed() => self.retry(SystemTime::now(), |standing| standing.failures > 0),
-                () = self.issuer.pushed() => self.retry(SystemTime::now(), |_| true),
+                Ok(()) = bundles.changed() => self.retry(Moment::now(), |standing| standing.failures > 0),
+                () = self.issuer.pushed() => self.retry(Moment::now(), |_| true),
                 () = tokio::time::sleep(sleep) => {}
             }
         }
@@ -191,12 +156,8 @@ impl Rotator {
     }
 
     /// With other roots or revocations, what was refused may be granted now; an issuer may have news for all.
-    fn retry(&self, now: SystemTime, which: impl Fn(&Standing) -> bool) {
-        for standing in self.status.lock().values_mut().filter(|standing| which(standing)) {
-            // Counted anew: one more refusal shall not put the next try off by minutes.
-            standing.failures = 0;
-            standing.next = now;
-        }
+    fn retry(&self, now: Moment, which: impl Fn(&Standing) -> bool) {
+        self.status.lock().values_mut().filter(|standing| which(standing)).for_each(|standing| standing.again(now));
     }
 
     /// The node first: nothing else is issued without it.
@@ -216,31 +177,26 @@ impl Rotator {
     fn ask_for_due(
         &self,
         identities: &[SpiffeId],
-        now: SystemTime,
+        now: Moment,
         under_way: &mut JoinSet<Renewed>,
         asking: &mut HashMap<SpiffeId, ()>,
     ) -> Duration {
         let held = self.trust.snapshot();
-        let attested = self.node.as_ref().is_none_or(|node| held.valid(node, now).is_some());
+        let attested = self.node.as_ref().is_none_or(|node| held.valid(node, now.wall).is_some());
         let mut due: Vec<(Option<SystemTime>, SpiffeId)> = Vec::new();
         let mut sleep = LONGEST_SLEEP;
         {
             let mut status = self.status.lock();
             for id in identities.iter().filter(|id| !asking.contains_key(*id)) {
                 let not_after = held.svids.get(id).map(|svid| svid.leaf().not_after);
-                let standing = status.entry(id.clone()).or_insert_with(|| Standing {
-                    not_after,
+                let standing = status.entry(id.clone()).or_insert_with(|| {
                     // What is held was obtained before a restart: its age is not known, so renew soon.
-                    next: not_after.map_or(now, |end| renewal(now, end, self.target, fastrand::f64())),
-                    failures: 0,
-                    last_error: None,
+                    Standing::held(not_after, not_after.map_or(Duration::ZERO, |end| self.renewal(end, now)), now)
                 });
-                // What is expired or revoked is of no use; but whoever was refused waits its time.
-                let useless = not_after.is_some() && held.valid(id, now).is_none();
-                let wait = standing.next.duration_since(now).unwrap_or_default();
-                // A clock that was set back must not put a renewal off by as much.
-                let is_due = wait.is_zero() || useless && (standing.failures == 0 || wait > LONGEST_BACKOFF);
-                if !is_due {
+                // What is expired or revoked is of no use.
+                let useless = not_after.is_some() && held.valid(id, now.wall).is_none();
+                let wait = standing.left(useless, now);
+                if !wait.is_zero() {
                     sleep = sleep.min(wait);
                 } else if attested || Some(id) == self.node.as_ref() {
                     due.push((not_after, id.clone()));
@@ -259,7 +215,13 @@ impl Rotator {
         sleep.max(Duration::from_millis(10))
     }
 
-    fn take(&self, id: SpiffeId, outcome: Result<(X509Svid, Option<Keypair>), IssueError>, now: SystemTime) {
+    /// How long an SVID that ends then is used before it is renewed.
+    fn renewal(&self, not_after: SystemTime, now: Moment) -> Duration {
+        let life = not_after.duration_since(now.wall).unwrap_or_default();
+        renewal(life, self.target, fastrand::f64())
+    }
+
+    fn take(&self, id: SpiffeId, outcome: Result<(X509Svid, Option<Keypair>), IssueError>, now: Moment) {
         let before = self.trust.svid(&id);
         let held = before.as_ref().map(|svid| svid.leaf().not_after);
         let is_held = |svid: &X509Svid| {
@@ -275,20 +237,17 @@ impl Rotator {
         let Some(standing) = status.get_mut(&id) else { return };
         match outcome {
             Ok((svid, _))
-                if count == Issuance::Unchanged && self.trust.snapshot().valid(&id, now).is_none() =>
+                if count == Issuance::Unchanged && self.trust.snapshot().valid(&id, now.wall).is_none() =>
             {
-                standing.failures += 1;
-                standing.next = now + backoff(standing.failures, None, None);
                 let serial = &svid.leaf().serial;
-                standing.last_error =
-                    Some(format!("{} still gives serial {serial}, which is revoked", self.issuer.name()));
+                let error = format!("{} still gives serial {serial}, which is revoked", self.issuer.name());
+                standing.failed(error, None, None, fastrand::f64(), now);
             }
             Ok((svid, _)) if count == Issuance::Unchanged => {
                 // Whoever makes its keys itself renews them in its own time; look again, sooner and sooner.
-                let next = renewal(now, svid.leaf().not_after, self.target, fastrand::f64());
-                let not_after = Some(svid.leaf().not_after);
-                let next = next.max(now + FIRST_BACKOFF);
-                *standing = Standing { not_after, next, failures: 0, last_error: None };
+                let not_after = svid.leaf().not_after;
+                let wait = self.renewal(not_after, now).max(FIRST_BACKOFF);
+                *standing = Standing::held(Some(not_after), wait, now);
             }
             Ok((svid, key)) => {
                 let not_after = svid.leaf().not_after;
@@ -299,12 +258,7 @@ impl Rotator {
                 {
                     tracing::warn!(%error, "cannot keep the node's SVID; a restarted agent needs a new join token");
                 }
-                *standing = Standing {
-                    not_after: Some(not_after),
-                    next: renewal(now, not_after, self.target, fastrand::f64()),
-                    failures: 0,
-                    last_error: None,
-                };
+                *standing = Standing::held(Some(not_after), self.renewal(not_after, now), now);
                 drop(status);
                 self.trust.insert(svid);
             }
@@ -313,11 +267,9 @@ impl Rotator {
                     IssueError::Refused { retry_after, .. } => *retry_after,
                     _ => None,
                 };
-                standing.failures += 1;
-                let left = held.map(|end| end.duration_since(now).unwrap_or_default());
-                standing.next = now + backoff(standing.failures, left, asked);
+                let left = held.map(|end| end.duration_since(now.wall).unwrap_or_default());
+                standing.failed(error.to_string(), left, asked, fastrand::f64(), now);
                 tracing::warn!(%id, %error, failures = standing.failures, "no SVID issued; keeping what is held and trying again");
-                standing.last_error = Some(error.to_string());
             }
         }
     }
@@ -414,60 +366,9 @@ pub async fn follow_bundle(trust: Arc<Trust>, issuer: Arc<dyn Issuer>) {
                     tracing::warn!(%error, "no trust bundle; keeping what is held");
                 }
                 // A fleet that lost its authority shall not come back in one instant.
-                let wait = backoff(failures, None, None).min(LONGEST_UNHEARD);
+                let wait = backoff(failures, None, 1.0).min(LONGEST_UNHEARD);
                 tokio::time::sleep(wait.mul_f64(0.5 + 0.5 * fastrand::f64())).await;
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn renewal_is_around_half_and_always_before_two_thirds(life in 10u64..1_000_000, chance in 0.0f64..=1.0) {
-            let obtained = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-            let life = Duration::from_secs(life);
-            let wait = renewal(obtained, obtained + life, None, chance).duration_since(obtained).unwrap();
-            prop_assert!(wait >= life.mul_f64(0.44) && wait < life.mul_f64(0.56));
-        }
-
-        #[test]
-        fn as_much_as_the_target_is_left_at_renewal_and_nothing_is_renewed_without_end(
-            life in 10u64..1_000_000, target in 0u64..2_000_000, chance in 0.0f64..=1.0
-        ) {
-            let obtained = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-            let end = obtained + Duration::from_secs(life);
-            let at = renewal(obtained, end, Some(Duration::from_secs(target)), chance);
-            prop_assert!(at <= renewal(obtained, end, None, chance), "never later than without a target");
-            let wait = at.duration_since(obtained).unwrap();
-            prop_assert!(wait >= Duration::from_secs(life).mul_f64(0.08));
-            if target * 10 <= life * 9 {
-                let left = end.duration_since(at).unwrap();
-                prop_assert!(left >= Duration::from_secs(target), "{left:?} left of {life}, target {target}");
-            }
-        }
-
-        #[test]
-        fn backoff_grows_to_a_bound_and_never_eats_what_is_left(
-            failures in 1u32..10_000, left in 4u64..100_000, asked in proptest::option::of(0u64..10_000)
-        ) {
-            let left = Duration::from_secs(left);
-            let asked = asked.map(Duration::from_secs);
-            let wait = backoff(failures, Some(left), asked);
-            prop_assert!(wait <= (left / 4).max(FIRST_BACKOFF / 2));
-            prop_assert!(backoff(failures, None, None) <= LONGEST_BACKOFF);
-            prop_assert!(backoff(failures, None, None) >= FIRST_BACKOFF);
-        }
-    }
-
-    #[test]
-    fn an_expired_svid_is_renewed_at_once() {
-        let now = SystemTime::now();
-        assert_eq!(renewal(now, now - Duration::from_secs(5), None, 0.5), now);
     }
 }

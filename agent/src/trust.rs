@@ -40,12 +40,18 @@ impl Snapshot {
         self.bundle.judge(leaf)
     }
 
-    /// The SVID held for an identity, if it is neither expired nor revoked. Another would be no better where
+    /// The SVID held for an identity, if it is valid now and not revoked. Another would be no better where
     /// only nobody knows.
     pub fn valid(&self, id: &SpiffeId, now: SystemTime) -> Option<&Arc<X509Svid>> {
-        let svid = self.svids.get(id)?;
-        (svid.leaf().not_after > now && self.revoked(svid.leaf()).is_none_or(|why| why.unknown))
-            .then_some(svid)
+        self.svids.get(id).filter(|svid| self.is_good(svid, now))
+    }
+
+    /// The same of an SVID that need not be held any more.
+    pub fn is_good(&self, svid: &X509Svid, now: SystemTime) -> bool {
+        let leaf = svid.leaf();
+        // It had begun when it was taken: only a clock that was set back makes it begin later.
+        let is_valid = leaf.not_before <= now && leaf.not_after > now;
+        is_valid && self.revoked(leaf).is_none_or(|why| why.unknown)
     }
 }
 

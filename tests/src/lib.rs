@@ -6,6 +6,7 @@
 //! - [`process`]: a program that runs
 //! - [`agent`]: the agent and the authority as processes
 //! - [`kubernetes`]: a real API server, and pods as its objects
+//! - [`clock`]: a clock of its own for a program
 //! - [`tap`]: what a wire carried
 //! - [`sweep`]: removes worlds whose makers are gone
 //!
@@ -13,6 +14,7 @@
 //! meet.
 
 pub mod agent;
+pub mod clock;
 pub mod host;
 pub mod kubernetes;
 pub mod process;

@@ -210,7 +210,7 @@ impl State {
     }
 
     fn certs(&self) -> Page {
-        let (standing, now) = (self.rotation.now(), SystemTime::now());
+        let (standing, now) = (self.rotation.now(), rotate::Moment::now());
         let trust = self.trust.snapshot();
         let mut rows: Vec<_> = standing.iter().map(|(id, how)| cert(&trust, id, how, now)).collect();
         rows.sort_by_key(|row| row["id"].to_string());
@@ -219,7 +219,8 @@ impl State {
 }
 
 /// One identity's SVID, and what becomes of it.
-fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, now: SystemTime) -> Value {
+fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, moment: rotate::Moment) -> Value {
+    let now = moment.wall;
     let leaf = trust.svids.get(id).map(|svid| svid.leaf());
     let revoked = leaf.and_then(|leaf| trust.revoked(leaf)).map(|revoked| revoked.by);
     let state = match leaf {
@@ -237,7 +238,8 @@ fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, now: SystemTime
         "serial": leaf.map(|leaf| &leaf.serial),
         "notBefore": leaf.map(|leaf| unix(leaf.not_before)),
         "notAfter": leaf.map(|leaf| unix(leaf.not_after)),
-        "renewal": unix(how.next),
+        "renewal": unix(how.at(moment)),
+        "issuerAsksToWaitSeconds": how.asked(moment).map(|wait| wait.as_secs() + 1),
         "revoked": revoked,
         "failures": how.failures,
         "error": how.last_error,
@@ -267,28 +269,30 @@ mod tests {
 
     #[test]
     fn a_certificate_is_told_with_its_issuer_its_times_and_its_state() {
-        let now = SystemTime::now();
+        let moment = rotate::Moment::now();
+        let now = moment.wall;
         let domain = TrustDomain::parse("td.test").unwrap();
         let ca = Ca::from_pem(domain.clone(), &create_root(&domain, now).unwrap()).unwrap();
         let trust = Trust::new(ca.bundle().clone());
         let id = SpiffeId::node(&domain, "n1").unwrap();
         let hour = Duration::from_secs(3600);
-        let mut how = rotate::Standing { not_after: None, next: now, failures: 0, last_error: None };
-        assert_eq!(cert(&trust.snapshot(), &id, &how, now)["state"], "not issued");
+        let mut how = rotate::Standing::held(None, Duration::ZERO, moment);
+        assert_eq!(cert(&trust.snapshot(), &id, &how, moment)["state"], "not issued");
         let key = Keypair::generate().unwrap();
         let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
         trust.insert(key.with_chain(ca.issue(&proven, &id, hour, now).unwrap()).unwrap());
-        let told = cert(&trust.snapshot(), &id, &how, now);
+        let told = cert(&trust.snapshot(), &id, &how, moment);
         assert_eq!((&told["state"], &told["notAfter"]), (&json!("valid"), &json!(unix(now + hour))));
         assert!(told["issuer"].as_str().unwrap().contains("td.test root"), "{told}");
         (how.failures, how.last_error) = (1, Some("refused".into()));
-        let told = cert(&trust.snapshot(), &id, &how, now);
+        let told = cert(&trust.snapshot(), &id, &how, moment);
         assert_eq!((&told["state"], &told["error"]), (&json!("valid, renewal fails"), &json!("refused")));
-        assert_eq!(cert(&trust.snapshot(), &id, &how, now + 2 * hour)["state"], "expired");
+        let late = rotate::Moment { wall: now + 2 * hour, ..moment };
+        assert_eq!(cert(&trust.snapshot(), &id, &how, late)["state"], "expired");
         let mut list = Revocations::default();
         list.revoke(Subject::SpiffeId(id.clone()), now).unwrap();
         trust.set_revocations(list);
-        assert_eq!(cert(&trust.snapshot(), &id, &how, now)["state"], "revoked");
+        assert_eq!(cert(&trust.snapshot(), &id, &how, moment)["state"], "revoked");
     }
 
     #[test]

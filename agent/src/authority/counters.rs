@@ -40,7 +40,10 @@ impl Lately {
         for passed in self.second + 1..=second.min(self.second + RATE_OVER as u64) {
             self.counts[(passed % RATE_OVER as u64) as usize] = 0;
         }
-        // A clock that was set back counts into the latest second.
+        // A clock that was set back a little counts into the latest second; by more, and the ring begins anew.
+        if second + (RATE_OVER as u64) < self.second {
+            *self = Self { second, counts: [0; RATE_OVER] };
+        }
         self.second = self.second.max(second);
     }
 }
@@ -174,5 +177,9 @@ mod tests {
         assert_eq!(counters.issued_so_far(after(89)), (91, 61));
         assert_eq!(counters.issued_so_far(after(119)), (91, 31));
         assert_eq!(counters.issued_so_far(after(100_000)), (91, 0));
+        // The clock was a day ahead.
+        counters.issued("node", after(200));
+        assert_eq!(counters.issued_so_far(after(210)), (92, 1));
+        assert_eq!(counters.issued_so_far(after(261)), (92, 0));
     }
 }

@@ -3,11 +3,12 @@
 //! taken up, and so holds at once.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
+use super::clock::Cautious;
 use super::config::RootRotation;
 use super::counters::Counters;
 use super::ledger::Ledger;
@@ -63,13 +64,14 @@ impl Keeper {
     pub(super) async fn run(self) {
         let mut seen = None;
         let mut told = Told::default();
+        let mut clock = Cautious::new(SystemTime::now(), Instant::now());
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
                 () = self.ledger.wanted.notified() => tokio::time::sleep(TOGETHER).await,
                 _ = look.tick() => {}
             }
-            let now = SystemTime::now();
+            let now = clock.now(SystemTime::now(), Instant::now());
             let outcome = self.turn(&mut seen, now).await;
             told.fault(outcome);
             self.tell(&mut told, now);

@@ -1,10 +1,11 @@
 //! Follows the list of revocations on disk: what an operator's command writes there holds at once.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 
+use super::clock::Cautious;
 use super::counters::Counters;
 use crate::ca::store::documents::Document;
 use crate::ca::store::{Store, StoreError};
@@ -25,17 +26,21 @@ pub(super) async fn follow(
     counters.revocations(bundle.borrow().revocations());
     // Unknown at first: what changed between the first reading and now is read again.
     let mut seen = None;
+    let mut clock = Cautious::new(SystemTime::now(), Instant::now());
     let mut prune = tokio::time::interval(PRUNE_EVERY);
     let mut look = tokio::time::interval(LOOK_EVERY);
     loop {
         tokio::select! {
-            _ = prune.tick() => in_background(&store, |store| {
-                store.change_revocations(|list| {
-                    list.prune(SystemTime::now());
+            _ = prune.tick() => {
+                let passed = clock.now(SystemTime::now(), Instant::now());
+                let prune = move |store: &Store| store.change_revocations(|list| {
+                    list.prune(passed);
                     Ok(list.clone())
-                })
-            }, &bundle, &counters).await,
+                });
+                in_background(&store, prune, &bundle, &counters).await;
+            }
             _ = look.tick() => {
+                clock.now(SystemTime::now(), Instant::now());
                 let now = store.version(Document::Revocations);
                 if now.is_some() && now != seen {
                     in_background(&store, Store::revocations, &bundle, &counters).await;

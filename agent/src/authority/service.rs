@@ -103,7 +103,11 @@ impl Service {
         let Some(leaf) = &peer.leaf else {
             return Err(Refusal("no_client_certificate", Status::unauthenticated("present the node's SVID")));
         };
-        // It may have been revoked since it connected.
+        // It may have expired or been revoked since it connected.
+        if leaf.not_after <= now {
+            let words = "the node's SVID has expired; connect with a new one";
+            return Err(Refusal("expired", Status::unauthenticated(words)));
+        }
         if let Some(revoked) = self.revoked(leaf) {
             return Err(Refusal("revoked", Status::permission_denied(revoked.to_string())));
         }

@@ -1,7 +1,7 @@
 //! Hauberk's own authority as an issuer: gRPC over mutual TLS, attested once by a join token.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
@@ -20,8 +20,9 @@ use crate::authority::proto::{Applied, AttestRequest, Bundle, IssueRequest, Svid
 use crate::authority::wire;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
+use crate::identity::svid::X509Svid;
 use crate::tls;
-use crate::trust::Trust;
+use crate::trust::{Snapshot, Trust};
 use crate::verdict::IssuerKind;
 
 /// A silent authority is found out in this time, twice: revocations must not wait for a dead connection.
@@ -34,6 +35,8 @@ pub struct AuthorityIssuer {
     join_token: Option<PathBuf>,
     node: SpiffeId,
     trust: Arc<Trust>,
+    /// The node's SVIDs as they were held, newest first, and at most two.
+    nodes: std::sync::Mutex<Vec<Arc<X509Svid>>>,
     /// One connection; made anew when the node's SVID or the bundle has changed.
     channel: Mutex<Option<(Epoch, Channel)>>,
     bundles: Mutex<Option<Bundles>>,
@@ -55,14 +58,28 @@ impl AuthorityIssuer {
     /// Asks the authority at `address` (`host:port`) on behalf of `node`, whose SVID is taken from
     /// `trust` once it is there.
     pub fn new(address: String, join_token: Option<PathBuf>, node: SpiffeId, trust: Arc<Trust>) -> Self {
-        Self { address, join_token, node, trust, channel: Mutex::new(None), bundles: Mutex::new(None) }
+        let (nodes, channel, bundles) = (std::sync::Mutex::default(), Mutex::new(None), Mutex::new(None));
+        Self { address, join_token, node, trust, nodes, channel, bundles }
+    }
+
+    /// What the node shows itself with, if it has something good. Where a clock that was ahead has been set back, the
+    /// newest may not have begun yet, and the one before still be good.
+    fn own(&self, trust: &Snapshot, now: SystemTime) -> Option<Arc<X509Svid>> {
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let newest = trust.svids.get(&self.node)?;
+        if nodes.first().is_none_or(|known| known.generation() != newest.generation()) {
+            nodes.insert(0, Arc::clone(newest));
+            nodes.truncate(2);
+        }
+        let has_begun = newest.leaf().not_before <= now;
+        nodes.iter().take(if has_begun { 1 } else { 2 }).find(|svid| trust.is_good(svid, now)).cloned()
     }
 
     async fn client(&self) -> Result<AuthorityClient<Channel>, IssueError> {
         let now = self.trust.snapshot();
         // Once the authority accepts it no longer, the node attests itself anew.
-        let svid = now.valid(&self.node, SystemTime::now());
-        let epoch = (svid.map_or(0, |svid| svid.generation()), now.bundle_epoch);
+        let svid = self.own(&now, SystemTime::now());
+        let epoch = (svid.as_ref().map_or(0, |svid| svid.generation()), now.bundle_epoch);
         let mut held = self.channel.lock().await;
         if let Some((made_with, channel)) = held.as_ref()
             && *made_with == epoch
@@ -71,7 +88,7 @@ impl AuthorityIssuer {
         }
         let expected = SpiffeId::authority(now.bundle.domain());
         let config = match svid {
-            Some(svid) => tls::client::config(svid, &now.bundle, expected),
+            Some(svid) => tls::client::config(&svid, &now.bundle, expected),
             None => tls::client::anonymous(&now.bundle, expected),
         };
         let config = config.map_err(|e| IssueError::Ours(e.to_string()))?;
@@ -98,7 +115,7 @@ impl AuthorityIssuer {
 
     async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {
         let now = self.trust.snapshot();
-        let attested = now.valid(&self.node, SystemTime::now()).is_some();
+        let attested = self.own(&now, SystemTime::now()).is_some();
         let held_until = now.svids.get(id).map_or(0, |svid| seconds(svid.leaf().not_after));
         let mut client = self.client().await?;
         let answer = if attested {
@@ -235,5 +252,45 @@ impl Signer for AuthorityIssuer {
 
     fn next_bundle(&self) -> BoxFuture<'_, Result<TrustBundle, IssueError>> {
         Box::pin(self.bundle_from_stream())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::{Ca, ProvenKey, create_root};
+    use crate::identity::TrustDomain;
+    use crate::identity::revocation::{Revocations, Subject};
+    use crate::issue::Keypair;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn after_a_clock_came_back_the_node_shows_the_svid_that_is_good() {
+        let now = SystemTime::now();
+        let domain = TrustDomain::parse("td.test").unwrap();
+        let ca = Ca::from_pem(domain.clone(), &create_root(&domain, now - HOUR).unwrap()).unwrap();
+        let trust = Trust::new(ca.bundle().clone());
+        let id = SpiffeId::node(&domain, "n1").unwrap();
+        let issuer = AuthorityIssuer::new("a:1".into(), None, id.clone(), Arc::clone(&trust));
+        let take = |issued: SystemTime| {
+            let key = Keypair::generate().unwrap();
+            let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+            trust.insert(key.with_chain(ca.issue(&proven, &id, HOUR, issued).unwrap()).unwrap());
+            trust.svid(&id).unwrap().generation()
+        };
+        let shown = |at| issuer.own(&trust.snapshot(), at).map(|svid| svid.generation());
+        assert_eq!(shown(now), None, "nothing is held");
+        let first = take(now);
+        assert_eq!(shown(now), Some(first));
+        // The clock is half an hour ahead, and then right again.
+        let second = take(now + HOUR / 2);
+        assert_eq!(shown(now + HOUR / 2), Some(second));
+        assert_eq!(shown(now), Some(first), "the newest has not begun");
+        assert_eq!(shown(now + 2 * HOUR), None, "both have expired");
+        let mut list = Revocations::default();
+        list.revoke(Subject::SpiffeId(id.clone()), now).unwrap();
+        trust.set_revocations(list);
+        assert_eq!(shown(now), None, "both are revoked");
     }
 }
