@@ -3,6 +3,7 @@
 //! It never listens, dials, reads a clock it was not given, or copies a field from a CSR other than
 //! the public key: who gets which identity is decided before, by whoever calls.
 
+mod cross;
 mod csr;
 pub mod issuer;
 pub mod rotation;
@@ -78,28 +79,26 @@ pub struct Ca {
 
 /// A new root, as it is stored: certificate and key in one PEM text, so that they cannot part.
 pub fn create_root(domain: &TrustDomain, now: SystemTime) -> Result<String, CaError> {
-    Ok(create_successor(domain, None, now)?.0)
+    named_root(domain, false, now)
 }
 
-/// A new root as [`create_root`] makes it, and its certificate (PEM) signed by the root before it: whoever
-/// knows only that one can verify what the new one signs, if it is given this too.
+/// The same with a name of its own, for a root that comes beside another: nobody shall take one for the other.
 ///
 /// # Errors
-/// When there is no randomness, or `before` cannot sign.
-pub fn create_successor(
-    domain: &TrustDomain,
-    before: Option<&Ca>,
-    now: SystemTime,
-) -> Result<(String, Option<String>), CaError> {
+/// When there is no randomness.
+pub fn create_successor(domain: &TrustDomain, now: SystemTime) -> Result<String, CaError> {
+    named_root(domain, true, now)
+}
+
+fn named_root(domain: &TrustDomain, marked: bool, now: SystemTime) -> Result<String, CaError> {
     let material = |e: rcgen::Error| CaError::Material(e.to_string());
     let key = KeyPair::generate().map_err(material)?;
     let mut params = CertificateParams::default();
     let serial = serial()?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "Hauberk");
-    // One that comes beside another has a name of its own, so that nobody takes one for the other.
     let mark: String = serial.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-    let mark = if before.is_some() { format!(" {mark}") } else { String::new() };
+    let mark = if marked { format!(" {mark}") } else { String::new() };
     params.distinguished_name.push(DnType::CommonName, format!("{domain} root{mark}"));
     // X509-SVID, section 4: a signing certificate may carry the trust domain's own ID.
     let uri = format!("spiffe://{domain}").try_into().map_err(material)?;
@@ -110,15 +109,7 @@ pub fn create_successor(
     params.not_after = (now + ROOT_LIFETIME).into();
     params.serial_number = Some(serial);
     let certificate = params.self_signed(&key).map_err(material)?;
-    let cross = before.map(|before| {
-        // Later roots stand below this one where it is not trusted itself.
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.not_after = (now + ROOT_LIFETIME).min(before.not_after).into();
-        params.use_authority_key_identifier_extension = true;
-        params.serial_number = Some(self::serial()?);
-        params.signed_by(&key, &before.issuer).map(|cross| cross.pem()).map_err(material)
-    });
-    Ok((format!("{}{}", certificate.pem(), key.serialize_pem()), cross.transpose()?))
+    Ok(format!("{}{}", certificate.pem(), key.serialize_pem()))
 }
 
 impl Ca {

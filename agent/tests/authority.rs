@@ -335,3 +335,45 @@ async fn an_offline_root_is_all_that_is_trusted_and_its_intermediates_come_and_g
     issue::check(&web, web.id(), &both, SystemTime::now()).unwrap();
     assert_eq!(scene.state().signing, supplied.id);
 }
+
+/// Changes to what the configuration says, until the root before is trusted no longer; nobody is waited for.
+async fn change_root(scene: &mut Scene) {
+    let next = start_rotation(&scene.store(), &scene.config(), SystemTime::now()).unwrap().unwrap();
+    wait_until("the new root signs", async || scene.state().signing == next).await;
+    scene.stop().await;
+    // What the old one signed is valid for an hour.
+    let forget = |state: &mut TrustState| {
+        state.roots.iter_mut().for_each(|root| root.signed_until = 0);
+        Ok::<_, CaError>(())
+    };
+    scene.store().change_trust(forget).unwrap();
+    scene.start().await;
+    wait_until("the old one has left", async || scene.state().roots.len() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_away_finds_the_way_to_a_supplied_root_and_back_to_one_of_our_own() {
+    let mut scene = Scene::started("").await;
+    let ours = scene.bundle();
+    let file = scene.dir.join("authority.yaml");
+    let plain = std::fs::read_to_string(&file).unwrap();
+    let (root, dir) = (Offline::new("offline root", None), scene.dir.display().to_string());
+    Offline::new("online", Some(&root)).write(&root, &scene);
+    let issuer = format!("issuer: {{certificate: {dir}/ca.crt, key: {dir}/ca.key, root: {dir}/root.crt}}\n");
+    std::fs::write(&file, plain.clone() + &issuer).unwrap();
+    change_root(&mut scene).await;
+    let supplied = scene.bundle();
+    assert_ne!(supplied.roots(), ours.roots());
+    scene.channel(None, &supplied).await.unwrap();
+    scene.channel(None, &ours).await.expect("whoever knows the root before only");
+
+    std::fs::write(&file, plain).unwrap();
+    change_root(&mut scene).await;
+    assert_ne!(scene.bundle().roots(), supplied.roots());
+    for known in [&scene.bundle(), &supplied, &ours] {
+        scene.channel(None, known).await.expect("whoever knows an earlier root only");
+    }
+    let stranger = Scene::started("").await.bundle();
+    let error = scene.channel(None, &stranger).await.unwrap_err();
+    assert!(error.contains("UnknownIssuer"), "{error}");
+}

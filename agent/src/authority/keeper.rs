@@ -13,6 +13,7 @@ use super::config::RootRotation;
 use super::counters::Counters;
 use super::ledger::Ledger;
 use super::serve::OWN_LIFETIME;
+use super::state::next_root;
 use crate::ca::rotation::{Blocker, Rotation, Step};
 use crate::ca::state::{Root, TrustState, seconds};
 use crate::ca::store::documents::{Document, Version};
@@ -109,7 +110,7 @@ impl Keeper {
                 if ledger.exact(state, now)? {
                     step = state.advance(seconds(now), &revoked);
                     if scheduled && state.rotation == Rotation::Idle {
-                        let next = Root::create(&state.trust_domain, state.signing().ok(), now)?;
+                        let next = next_root(state, None, now)?;
                         // What forbids it is told by `tell`.
                         let _ = state.start(next, seconds(now));
                     }

@@ -306,7 +306,7 @@ mod tests {
 
     fn ledger(now: SystemTime) -> (Arc<Ledger>, TrustState) {
         let domain = TrustDomain::parse("td.test").unwrap();
-        let state = TrustState::new(domain.clone(), Root::create(&domain, None, now).unwrap());
+        let state = TrustState::new(domain.clone(), Root::create(&domain, now).unwrap());
         (Ledger::new(state.clone(), MINUTE).unwrap(), state)
     }
 
@@ -373,7 +373,7 @@ mod tests {
             write(&ledger, &mut disk, now);
         });
         let old = begun.unwrap();
-        let next = Root::create(&disk.trust_domain, disk.roots.first(), now).unwrap();
+        let next = Root::create_next(&disk.trust_domain, now).unwrap();
         disk.start(next, seconds(now)).unwrap();
         assert!(!ledger.exact(&mut disk.clone(), now).unwrap(), "it has to be heard of first");
         ledger.take(disk.clone()).unwrap();
@@ -398,14 +398,14 @@ mod tests {
         let now = SystemTime::now();
         let (ledger, mut disk) = ledger(now);
         let old = disk.clone();
-        let next = Root::create(&disk.trust_domain, disk.roots.first(), now).unwrap();
+        let next = Root::create_next(&disk.trust_domain, now).unwrap();
         disk.start(next, seconds(now)).unwrap();
         ledger.exact(&mut disk.clone(), now).unwrap();
         ledger.take(disk.clone()).unwrap();
         let error = ledger.exact(&mut old.clone(), now).unwrap_err().to_string();
         assert!(error.contains("generation 1") && error.contains("newest trust.json"), "{error}");
         let mut other =
-            TrustState::new(old.trust_domain.clone(), Root::create(&old.trust_domain, None, now).unwrap());
+            TrustState::new(old.trust_domain.clone(), Root::create(&old.trust_domain, now).unwrap());
         other.generation = disk.generation;
         assert!(ledger.exact(&mut other, now).is_err(), "as new, with other roots");
         ledger.exact(&mut disk, now).unwrap();

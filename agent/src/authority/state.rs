@@ -33,7 +33,7 @@ pub fn open(store: &Store, config: &AuthorityConfig, now: SystemTime) -> Result<
     let supplied = supplied(config, now)?;
     let first = || match &supplied {
         Some(root) => Ok(root.clone()),
-        None => Root::create(domain, None, now)
+        None => Root::create(domain, now)
             .map_err(|e| StoreError::Document { path: config.state_dir.clone(), why: e.into() }),
     };
     let state = store.trust_or_new(domain, config.svid_lifetime, now, first)?;
@@ -96,6 +96,22 @@ pub fn adopt(store: &Store, supplied: &Root) -> Result<Adopted> {
     Ok(adopted)
 }
 
+/// The root to change to: the one `supplied`, or a new one; vouched for by what signs now, if that can be.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn next_root(state: &TrustState, supplied: Option<Root>, now: SystemTime) -> Result<Root, CaError> {
+    let domain = &state.trust_domain;
+    let mut next = match supplied {
+        Some(root) => root,
+        None => Root::create_next(domain, now)?,
+    };
+    if let Err(error) = next.follow(state.signing()?, domain, now) {
+        tracing::warn!(root = %next.id, signing = %state.signing, %error, "what signs now cannot vouch for the new root: an agent that is away for the whole rotation needs a new trust bundle file (`hauberk authority bundle`)");
+    }
+    Ok(next)
+}
+
 /// Begins a rotation: to the supplied intermediate's root, or to a new one. Returns its name, or `None` if one
 /// is under way already.
 ///
@@ -111,10 +127,7 @@ pub fn start_rotation(store: &Store, config: &AuthorityConfig, now: SystemTime) 
         );
     }
     let (_, started) = store.change_trust::<_, Wrong>(|state| {
-        let next = match &next {
-            Some(root) => root.clone(),
-            None => Root::create(&state.trust_domain, state.signing().ok(), now).map_err(Wrong::from)?,
-        };
+        let next = next_root(state, next.clone(), now).map_err(Wrong::from)?;
         let id = next.id.clone();
         match state.start(next, seconds(now)) {
             Ok(()) => Ok(Some(id)),

@@ -14,6 +14,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::state::{Root, RootId, certificates, seconds};
 use super::{Ca, CaError, ProvenKey};
+use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{is_self_issued, pem};
 use crate::identity::{SpiffeId, TrustDomain};
 
@@ -73,7 +74,7 @@ impl Supplied<'_> {
                 "it, or a certificate above it, ends before an SVID issued now would (svidLifetimeSeconds)";
             return Err(part("certificate", words));
         }
-        verifies(&ca, lifetime, now)?;
+        leads_to(ca.bundle(), &ca, &[], lifetime, now)?;
         Ok(Root {
             id: RootId::of(&root),
             certificate: all_pem(&[root]),
@@ -149,7 +150,14 @@ fn is_ca(der: &CertificateDer<'_>, which: &'static str) -> Result<(), IssuerErro
     Ok(())
 }
 
-fn verifies(ca: &Ca, lifetime: Duration, now: SystemTime) -> Result<(), IssuerError> {
+/// Whether what `ca` signs is believed by who knows the roots of `bundle` and is shown `more` certificates.
+pub(super) fn leads_to(
+    bundle: &TrustBundle,
+    ca: &Ca,
+    more: &[CertificateDer<'_>],
+    lifetime: Duration,
+    now: SystemTime,
+) -> Result<(), IssuerError> {
     let unverifiable = |detail: String| IssuerError::Unverifiable(detail);
     let key = KeyPair::generate().map_err(|e| unverifiable(e.to_string()))?;
     let csr = rcgen::CertificateParams::default().serialize_request(&key);
@@ -158,13 +166,14 @@ fn verifies(ca: &Ca, lifetime: Duration, now: SystemTime) -> Result<(), IssuerEr
     let proven = ProvenKey::from_csr(csr.der()).map_err(CaError::from)?;
     let chain = ca.issue(&proven, &probe, lifetime, now)?;
     let (leaf, above) = chain.split_first().ok_or_else(|| unverifiable("an empty chain".into()))?;
-    let anchors: Result<Vec<_>, _> = ca.bundle().roots().iter().map(anchor_from_trusted_cert).collect();
+    let above: Vec<_> = above.iter().chain(more).cloned().collect();
+    let anchors: Result<Vec<_>, _> = bundle.roots().iter().map(anchor_from_trusted_cert).collect();
     let anchors = anchors.map_err(|e| part("root", &e.to_string()))?;
     let leaf = EndEntityCert::try_from(leaf).map_err(|e| unverifiable(e.to_string()))?;
     let now = UnixTime::since_unix_epoch(Duration::from_secs(seconds(now)));
     let algorithms = webpki::ALL_VERIFICATION_ALGS;
     for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
-        leaf.verify_for_usage(algorithms, &anchors, above, now, usage, None, None).map_err(|error| {
+        leaf.verify_for_usage(algorithms, &anchors, &above, now, usage, None, None).map_err(|error| {
             unverifiable(match error {
                 webpki::Error::PathLenConstraintViolated => {
                     "a pathLenConstraint forbids so many certificates below it".into()

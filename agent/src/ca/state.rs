@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroize;
 
 use super::rotation::Rotation;
-use super::{BACKDATED, Ca, CaError, create_successor, ends};
+use super::{BACKDATED, Ca, CaError, create_root, create_successor, cross, ends};
 use crate::identity::TrustDomain;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::{MAX_SVID_LIFETIME, NodeName};
@@ -61,7 +61,7 @@ pub struct Root {
     pub chain: String,
     /// The signing key (PEM).
     pub key: Secret,
-    /// This root by the one before it (PEM), if that could be made.
+    /// This root by what signed before it, and what stands above that (PEM), if that could be made.
     pub cross: Option<String>,
     /// When it was taken up.
     pub since: u64,
@@ -154,15 +154,29 @@ impl Drop for Secret {
 }
 
 impl Root {
-    /// A new root of our own; `before` is the one that it is to follow.
+    /// The first root of our own.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn create(domain: &TrustDomain, before: Option<&Self>, now: SystemTime) -> Result<Self, CaError> {
-        // A root whose key is elsewhere can say nothing for its successor.
-        let before = before.filter(|root| root.chain.is_empty()).map(|root| root.ca(domain)).transpose()?;
-        let (pem, cross) = create_successor(domain, before.as_ref(), now)?;
-        Ok(Self { cross, ..Self::from_pem(&pem, now)? })
+    pub fn create(domain: &TrustDomain, now: SystemTime) -> Result<Self, CaError> {
+        Self::from_pem(&create_root(domain, now)?, now)
+    }
+
+    /// One that comes beside another.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create_next(domain: &TrustDomain, now: SystemTime) -> Result<Self, CaError> {
+        Self::from_pem(&create_successor(domain, now)?, now)
+    }
+
+    /// Has what signs under `before` vouch for this root, for whoever knows only that one.
+    ///
+    /// # Errors
+    /// When it cannot: its path length leaves no room, say, or the root's name has a form that cannot be repeated.
+    pub fn follow(&mut self, before: &Self, domain: &TrustDomain, now: SystemTime) -> Result<(), CaError> {
+        self.cross = Some(cross::certify(&self.ca(domain)?, &before.ca(domain)?, now)?);
+        Ok(())
     }
 
     /// Takes up what an authority kept in one PEM text: certificate and key of a root. What that has signed is

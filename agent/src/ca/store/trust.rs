@@ -73,7 +73,7 @@ impl Store {
     /// # Errors
     /// As [`Store::trust_or_new`].
     pub fn ca(&self, domain: &TrustDomain, now: SystemTime) -> Result<Ca, StoreError> {
-        let first = || Root::create(domain, None, now).map_err(|e| self.wrong(Document::Trust, e));
+        let first = || Root::create(domain, now).map_err(|e| self.wrong(Document::Trust, e));
         let state = self.trust_or_new(domain, Duration::ZERO, now, first)?;
         state.signing().and_then(|root| root.ca(domain)).map_err(|e| self.wrong(Document::Trust, e))
     }
