@@ -133,9 +133,9 @@ impl Source {
         let kept = keep.load(&config.file).map_err(|error| spoilt(&error))?;
         let crl = match &kept {
             Some(kept) => Crl::from_der(&kept.der).map_err(|error| spoilt(&error))?,
-            None => read_der(&config.file)
-                .and_then(|der| Crl::from_der(&der).map_err(words))
-                .map_err(unusable)?,
+            None => {
+                read_der(&config.file).and_then(|der| Crl::from_der(&der).map_err(words)).map_err(unusable)?
+            }
         };
         let name = config.file.display().to_string().into();
         let (config, crl) = (config.clone(), Arc::new(crl));
@@ -143,20 +143,16 @@ impl Source {
     }
 
     /// Reads the file again if anything that decides about it has changed.
-    fn look(
-        &mut self,
-        roots: &[CertificateDer<'static>],
-        roots_epoch: u64,
-        now: SystemTime,
-        keep: &CrlKeep,
-    ) {
+    fn look(&mut self, roots: &[CertificateDer<'static>], roots_epoch: u64, now: SystemTime, keep: &CrlKeep) {
         let seen = (stamp(&self.config.file), self.config.issuer.as_deref().and_then(stamp), roots_epoch);
         // A list from a clock that is ahead becomes good by itself.
         if self.seen == Some(seen) && self.fault.is_none() {
             return;
         }
         self.seen = Some(seen);
-        if let Some(kept) = self.kept.take_if(|kept| crl::verify(&kept.der, roots, &kept.issuers, now).is_ok()) {
+        if let Some(kept) =
+            self.kept.take_if(|kept| crl::verify(&kept.der, roots, &kept.issuers, now).is_ok())
+        {
             tracing::info!(file = %self.name, bytes = kept.der.len(), "took up the CRL from before the restart");
             self.good = true;
         }
@@ -320,7 +316,8 @@ mod tests {
         let spoilt: Spoil<'_> = &|scene| fs::write(&scene.config.file, "no list").unwrap();
         let forged: Spoil<'_> =
             &|scene| fs::write(&scene.config.file, list(&authority(), 9, &[], None)).unwrap();
-        for (spoil, says) in [(gone, "cannot read"), (older, "older"), (spoilt, "PEM"), (forged, "signature")] {
+        for (spoil, says) in [(gone, "cannot read"), (older, "older"), (spoilt, "PEM"), (forged, "signature")]
+        {
             spoil(&scene);
             scene.start().unwrap();
             assert!(scene.fault().contains(says), "{says}: {}", scene.fault());

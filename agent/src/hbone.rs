@@ -187,7 +187,9 @@ pub fn reset_reason(code: h2::Reason) -> Reason {
 /// Why an HTTP/2 connection or stream ended, from h2's error.
 pub fn reason(error: &h2::Error) -> Reason {
     // Also of a whole connection.
-    if let Some(why) = [Reason::Revoked, Reason::Expired].into_iter().find(|why| error.reason() == Some(code(*why))) {
+    if let Some(why) =
+        [Reason::Revoked, Reason::Expired].into_iter().find(|why| error.reason() == Some(code(*why)))
+    {
         return why;
     }
     if error.is_reset() && error.is_remote() {

@@ -20,8 +20,8 @@ use crate::telemetry::Observe;
 use crate::telemetry::metrics::Margin;
 use crate::trust::{Snapshot, Trust};
 use crate::verdict::{Issuance, IssuerKind};
-pub use schedule::{Moment, Standing};
 use schedule::{FIRST_BACKOFF, backoff, renewal};
+pub use schedule::{Moment, Standing};
 
 /// Requests under way at once: a node with many identities shall not crowd out the others.
 const CONCURRENT: usize = 8;
@@ -157,7 +157,11 @@ impl Rotator {
 
     /// With other roots or revocations, what was refused may be granted now; an issuer may have news for all.
     fn retry(&self, now: Moment, which: impl Fn(&Standing) -> bool) {
-        self.status.lock().values_mut().filter(|standing| which(standing)).for_each(|standing| standing.again(now));
+        self.status
+            .lock()
+            .values_mut()
+            .filter(|standing| which(standing))
+            .for_each(|standing| standing.again(now));
     }
 
     /// The node first: nothing else is issued without it.
@@ -191,7 +195,11 @@ impl Rotator {
                 let not_after = held.svids.get(id).map(|svid| svid.leaf().not_after);
                 let standing = status.entry(id.clone()).or_insert_with(|| {
                     // What is held was obtained before a restart: its age is not known, so renew soon.
-                    Standing::held(not_after, not_after.map_or(Duration::ZERO, |end| self.renewal(end, now)), now)
+                    Standing::held(
+                        not_after,
+                        not_after.map_or(Duration::ZERO, |end| self.renewal(end, now)),
+                        now,
+                    )
                 });
                 // What is expired or revoked is of no use.
                 let useless = not_after.is_some() && held.valid(id, now.wall).is_none();

@@ -53,7 +53,8 @@ fn panicked(world: &World) -> bool {
 fn an_agent_whose_clock_jumps_is_back_when_the_clock_is_and_has_cut_nothing() {
     let (world, clocks) = world(600);
     let server = world.get("server");
-    let _echoes = [8080, 8081].map(|port| server.host.actor_server(&["echo", &format!("0.0.0.0:{port}")]).unwrap());
+    let _echoes =
+        [8080, 8081].map(|port| server.host.actor_server(&["echo", &format!("0.0.0.0:{port}")]).unwrap());
     let _stay = world.get("client").host.actor_server(&["stay", &server.v4(8080)]).unwrap();
     let open = || world.agent_ref("n1").metric("hauberk_connections_open", &["outbound"]).unwrap();
     wait_until(SOON, "it is connected", || reaches(&world) && open() == 1.0);
@@ -133,8 +134,10 @@ fn svids_of_a_time_that_was_taken_back_are_replaced_at_once() {
     for node in ["n1", "n2"] {
         let valid = || {
             let (_, page) = world.agent_ref(node).page("/metrics").unwrap();
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
-            let ends = page.lines().filter(|line| line.starts_with("hauberk_certificate_expiry_timestamp_seconds{"));
+            let now =
+                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+            let ends =
+                page.lines().filter(|line| line.starts_with("hauberk_certificate_expiry_timestamp_seconds{"));
             let ends: Vec<f64> = ends.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
             ends.len() == 2 && ends.iter().all(|end| *end <= now + 3601.0)
         };

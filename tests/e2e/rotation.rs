@@ -66,7 +66,8 @@ fn outlives_as_long_as_configured(node_scope: bool) {
     world.start().unwrap();
     let (client, server, near) = (world.get("client"), world.get("server"), world.get("near"));
     let _echoes = [server, near].map(|pod| pod.host.actor_server(&["echo", "0.0.0.0:8081"]).unwrap());
-    let reaches = |pod: &tests::world::Pod| client.host.actor(&["poke", &pod.v4(8081)]).unwrap()["end"] == "data";
+    let reaches =
+        |pod: &tests::world::Pod| client.host.actor(&["poke", &pod.v4(8081)]).unwrap()["end"] == "data";
     wait_until(SOON, "both are reached", || reaches(server) && reaches(near));
     let began = Instant::now();
     let stays = [server, near].map(|pod| client.host.actor_server(&["stay", &pod.v4(8081)]).unwrap());
@@ -83,7 +84,11 @@ fn outlives_as_long_as_configured(node_scope: bool) {
     });
     assert_eq!(lane["ok"], lane["all"], "what came meanwhile was carried: {lane}");
     let expired = |node: &str, direction| {
-        world.agent_ref(node).wait_metric("hauberk_connections_total", &[direction, "reason=\"expired\""], 1.0)
+        world.agent_ref(node).wait_metric(
+            "hauberk_connections_total",
+            &[direction, "reason=\"expired\""],
+            1.0,
+        )
     };
     expired("n1", "outbound").unwrap();
     expired("n2", "inbound").unwrap();

@@ -63,7 +63,8 @@ mod tests {
     fn a_jump_ahead_is_believed_once_it_has_lasted_and_one_back_at_once() {
         let (wall, steady) = (SystemTime::UNIX_EPOCH + 500_000 * HOUR, Instant::now());
         let mut clock = Cautious::new(wall, steady);
-        let mut after = |passed: u32, ahead: u32| clock.now(wall + (passed + ahead) * HOUR, steady + passed * HOUR);
+        let mut after =
+            |passed: u32, ahead: u32| clock.now(wall + (passed + ahead) * HOUR, steady + passed * HOUR);
         assert_eq!(after(1, 0), wall + HOUR);
         assert_eq!(after(2, 900), wall + 2 * HOUR, "as if it had not jumped");
         assert_eq!(after(25, 900), wall + 25 * HOUR, "for a day");

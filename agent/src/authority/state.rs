@@ -100,7 +100,11 @@ pub fn adopt(store: &Store, supplied: &Root) -> Result<Adopted> {
 ///
 /// # Errors
 /// When there is none.
-pub(super) fn next_root(state: &TrustState, supplied: Option<Root>, now: SystemTime) -> Result<Root, CaError> {
+pub(super) fn next_root(
+    state: &TrustState,
+    supplied: Option<Root>,
+    now: SystemTime,
+) -> Result<Root, CaError> {
     let domain = &state.trust_domain;
     let mut next = match supplied {
         Some(root) => root,

@@ -62,7 +62,10 @@ fn sign(root: &CertificateDer<'_>, before: &Ca, now: SystemTime) -> Result<Certi
 fn name(subject: &X509Name<'_>) -> Result<DistinguishedName, CaError> {
     let mut name = DistinguishedName::new();
     for attribute in subject.iter_attributes() {
-        let oid = attribute.attr_type().iter().ok_or_else(|| material("the root's name has a strange attribute"))?;
+        let oid = attribute
+            .attr_type()
+            .iter()
+            .ok_or_else(|| material("the root's name has a strange attribute"))?;
         name.push(DnType::CustomDnType(oid.collect()), value(attribute)?);
     }
     Ok(name)
@@ -96,8 +99,8 @@ mod tests {
     use rcgen::{Issuer, KeyPair};
 
     use super::*;
-    use crate::ca::state::Root;
     use crate::ca::issuer::Supplied;
+    use crate::ca::state::Root;
     use crate::identity::TrustDomain;
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -113,7 +116,8 @@ mod tests {
             params.distinguished_name = DistinguishedName::new();
             params.distinguished_name.push(DnType::CommonName, name);
             params.distinguished_name.push(DnType::CountryName, "AQ");
-            params.is_ca = IsCa::Ca(room.map_or(BasicConstraints::Unconstrained, BasicConstraints::Constrained));
+            params.is_ca =
+                IsCa::Ca(room.map_or(BasicConstraints::Unconstrained, BasicConstraints::Constrained));
             params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
             params
         };

@@ -105,9 +105,8 @@ async fn whoever_is_told_when_to_come_back_comes_no_sooner_and_says_so() {
     let issuer = configured(&IssuerConfig::Authority(config), node(), Arc::clone(&trust));
     let rotation = Rotation::start(&trust, &issuer, Some(node()), &dir.0);
     let standing = || rotation.status.now().get(&web()).cloned().unwrap();
-    let refused = |failures| {
-        rotation.status.now().get(&web()).is_some_and(|standing| standing.failures == failures)
-    };
+    let refused =
+        |failures| rotation.status.now().get(&web()).is_some_and(|standing| standing.failures == failures);
     wait_until("it is sent away", || refused(1)).await;
     let told = standing();
     let error = told.last_error.clone().unwrap();
