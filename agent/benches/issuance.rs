@@ -2,7 +2,8 @@
 //!
 //! The authority is a process of its own, reached over its real listener; its CPU time and memory are the
 //! kernel's account of it. 100 nodes ask for 10,000 identities at once, as after a partition. Then 1,000 agents
-//! are connected, and it is measured how long a revocation and a new root take to reach the last of them. Beside
+//! are connected, and it is measured how long a revocation and a new root take to reach the last of them. Then the
+//! authority knows 10,000 services and 100,000 workloads, and issues to some. Beside
 //! that stands what the signatures alone cost: verifying a CSR's and making a certificate's, with P-256.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a program that prints figures may stop at a surprise")]
 
@@ -36,6 +37,8 @@ use tonic::{Code, Streaming};
 const NODES: usize = 100;
 const IDENTITIES: usize = 10_000;
 const AGENTS: usize = 1_000;
+const SERVICES: usize = 10_000;
+const WORKLOADS: usize = 100_000;
 /// How often each figure of one thread is taken; the best counts, as the machine has other work.
 const ROUNDS: usize = 5;
 
@@ -55,6 +58,7 @@ fn main() {
     runtime.block_on(async {
         herd(bare).await;
         news().await;
+        large().await;
     });
 }
 
@@ -124,8 +128,13 @@ impl Authority {
 
     /// The most memory that it ever had, in MiB.
     fn peak(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    /// What `/proc/PID/status` says in MiB.
+    fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
     }
 }
@@ -145,12 +154,15 @@ fn node(number: usize) -> String {
     format!("n{}", number % NODES)
 }
 
+fn address(number: usize) -> String {
+    format!("10.{}.{}.{}", number >> 16, (number >> 8) & 255, number & 255)
+}
+
 async fn herd(bare: f64) {
     let scene = Scene::new("");
     let mut directory = String::from("workloads:\n");
     for number in 0..IDENTITIES {
-        let address = format!("10.{}.{}.{}", number >> 16, (number >> 8) & 255, number & 255);
-        let node = node(number);
+        let (address, node) = (address(number), node(number));
         writeln!(
             directory,
             "- {{name: w{number}, namespace: s, serviceAccount: w{number}, node: {node}, addresses: [{address}]}}"
@@ -186,8 +198,12 @@ async fn herd(bare: f64) {
 async fn ask_all(nodes: &[AuthorityClient<Channel>], csr: &[u8], count: usize) -> u64 {
     let mut asking = JoinSet::new();
     for number in 0..count {
-        let request =
-            IssueRequest { spiffe_id: identity(number).to_string(), csr: csr.to_vec(), held_until: 0 };
+        let request = IssueRequest {
+            spiffe_id: identity(number).to_string(),
+            csr: csr.to_vec(),
+            held_until: 0,
+            generation: 1,
+        };
         asking.spawn(ask(nodes[number % NODES].clone(), request));
     }
     asking.join_all().await.into_iter().sum()
@@ -244,6 +260,47 @@ async fn news() {
     });
     println!("a new root reaches the last of {AGENTS} agents after {:.0} ms", 1e3 * took.await);
     println!("afterwards: at most {} MiB", authority.peak());
+}
+
+/// What the directory of a large cluster makes the authority hold.
+async fn large() {
+    let scene = Scene::new("");
+    let mut directory = String::from("workloads:\n");
+    for number in 0..WORKLOADS {
+        let (address, node) = (address(number), node(number));
+        writeln!(
+            directory,
+            "- {{name: w{number}, namespace: s, serviceAccount: w{number}, node: {node}, addresses: [{address}]}}"
+        )
+        .unwrap();
+    }
+    directory.push_str("services:\n");
+    for number in 0..SERVICES {
+        let (each, high, low) = (WORKLOADS / SERVICES, number >> 8, number & 255);
+        let endpoints: Vec<_> = (0..each).map(|at| format!("s/w{}", number * each + at)).collect();
+        writeln!(
+            directory,
+            "- {{name: s{number}, namespace: s, addresses: [11.0.{high}.{low}], ports: [{{port: 80, targetPort: 8080}}], endpoints: [{}]}}",
+            endpoints.join(", ")
+        )
+        .unwrap();
+    }
+    std::fs::write(scene.dir.join("directory.yaml"), directory).unwrap();
+    let authority = Authority::start(&scene);
+    authority.serving(&scene).await;
+    let idle = authority.memory("VmRSS:");
+    let mut nodes = Vec::new();
+    for number in 0..NODES {
+        let svid = scene.join(&node(number)).await;
+        nodes.push(scene.client(Some(&svid)).await);
+    }
+    let csr = Keypair::generate().unwrap().csr().unwrap();
+    ask_all(&nodes, &csr, IDENTITIES).await;
+    println!(
+        "{SERVICES} services and {WORKLOADS} workloads: {idle} MiB, {} MiB after {IDENTITIES} issuances at once; at most {} MiB, reading the directory's file included",
+        authority.memory("VmRSS:"),
+        authority.peak()
+    );
 }
 
 /// How long it takes from an operator's command until all have heard, in seconds.

@@ -22,7 +22,7 @@ pub mod wire;
 
 use std::num::NonZero;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use tokio::sync::watch;
@@ -43,6 +43,9 @@ use queue::Queue;
 use serve::OWN_LIFETIME;
 use service::Service;
 use status::Status;
+
+/// How long an authority that stops lets open requests finish.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 generated! {
     /// The generated gRPC code of `proto/authority.proto`.
@@ -109,17 +112,26 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     tasks.spawn(statuses);
     tasks.spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
     tasks.spawn(keeper.run());
+    tasks.spawn(service::tell_of_issued(Arc::clone(&counters)));
     let service = Service {
         domain: config.trust_domain,
-        ledger,
+        ledger: Arc::clone(&ledger),
         queue,
-        store,
+        store: Arc::clone(&store),
         directory,
         lifetime: config.svid_lifetime,
         counters: Arc::clone(&counters),
         bundle,
     };
-    serve::serve(listener, service, shown, trusted, counters, stop).await
+    let stopped = stop.clone();
+    let served = tokio::select! {
+        served = serve::serve(listener, service, shown, trusted, counters, stop) => served,
+        // Agents' streams do not end by themselves.
+        () = async { stopped.cancelled().await; tokio::time::sleep(FAREWELL).await } => Ok(()),
+    };
+    tasks.shutdown().await;
+    tokio::task::spawn_blocking(move || keeper::close(&store, &ledger)).await?;
+    served
 }
 
 /// Metrics and health for everybody; how it stands for whoever may open the socket in the state directory.

@@ -9,11 +9,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hauberk::authority::proto::Applied;
+use hauberk::authority::proto::{Applied, IssueRequest};
 use hauberk::authority::state::{Adopted, adopt, start_rotation, supplied};
-use hauberk::ca::state::TrustState;
+use hauberk::ca::state::{TrustState, seconds};
 use hauberk::ca::{Ca, CaError, create_root};
 use hauberk::identity::bundle::TrustBundle;
+use hauberk::identity::revocation::NodeName;
 use hauberk::identity::svid::{Leaf, is_self_issued};
 use hauberk::issue::istio::proto::IstioCertificateRequest;
 use hauberk::issue::istio::proto::istio_certificate_service_client::IstioCertificateServiceClient;
@@ -146,11 +147,8 @@ async fn a_node_gets_what_runs_on_it_and_nothing_else() {
     assert_eq!(web.leaf().node.as_deref(), Some("n1"));
     let status = scene.ask(&web, workload("web").as_str(), csr()).await.unwrap_err();
     assert_eq!((status.code(), scene.refused("not_a_node").await), (Code::PermissionDenied, 1.0));
-    let request = hauberk::authority::proto::IssueRequest {
-        spiffe_id: workload("web").to_string(),
-        csr: csr(),
-        held_until: 0,
-    };
+    let request =
+        IssueRequest { spiffe_id: workload("web").to_string(), csr: csr(), held_until: 0, generation: 0 };
     let status = scene.client(None).await.issue(request).await.unwrap_err();
     assert_eq!((status.code(), scene.refused("no_client_certificate").await), (Code::Unauthenticated, 1.0));
 }
@@ -336,6 +334,21 @@ async fn an_offline_root_is_all_that_is_trusted_and_its_intermediates_come_and_g
     assert_eq!(scene.state().signing, supplied.id);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn roots_that_a_node_has_already_are_not_sent_again() {
+    let scene = Scene::started("").await;
+    let node = scene.join("n1").await;
+    let mut client = scene.client(Some(&node)).await;
+    let key = Keypair::generate().unwrap();
+    // As nobody that says it, as one of an earlier time, as one that is current.
+    for (generation, sent) in [(0, true), (7, true), (1, false)] {
+        let (spiffe_id, csr) = (workload("web").to_string(), key.csr().unwrap());
+        let request = IssueRequest { spiffe_id, csr, held_until: 0, generation };
+        let svid = client.issue(request).await.unwrap().into_inner();
+        assert_eq!(svid.bundle.is_some(), sent, "generation {generation}");
+    }
+}
+
 /// Changes to what the configuration says, until the root before is trusted no longer; nobody is waited for.
 async fn change_root(scene: &mut Scene) {
     let next = start_rotation(&scene.store(), &scene.config(), SystemTime::now()).unwrap().unwrap();
@@ -376,4 +389,20 @@ async fn who_was_away_finds_the_way_to_a_supplied_root_and_back_to_one_of_our_ow
     let stranger = Scene::started("").await.bundle();
     let error = scene.channel(None, &stranger).await.unwrap_err();
     assert!(error.contains("UnknownIssuer"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_authority_that_was_stopped_knows_exactly_how_long_a_node_counts() {
+    let mut scene = Scene::started("").await;
+    let _svid = scene.join("n1").await;
+    let name = NodeName::parse("n1").unwrap();
+    let until = |scene: &Scene| scene.state().nodes[&name].until;
+    let left = |until: u64| until.saturating_sub(seconds(SystemTime::now()));
+    assert!(left(until(&scene)) > 2 * 3500, "while it runs the disk is ahead, for a crash");
+    scene.stop_gracefully().await;
+    let exact = left(until(&scene));
+    assert!((3500..=3662).contains(&exact), "an SVID's life and what clocks may differ by, not {exact} s");
+    scene.start().await;
+    let _again = scene.join("n1").await;
+    assert!(left(until(&scene)) > 2 * 3500, "and ahead again before anything is signed");
 }

@@ -197,6 +197,13 @@ impl Keeper {
     }
 }
 
+/// Writes down exactly until when what was issued is valid, now that nothing more is.
+pub(super) fn close(store: &Store, ledger: &Ledger) {
+    if let Err(error) = store.change_trust::<_, CaError>(|state| ledger.last(state)) {
+        tracing::warn!(%error, "the trust state is left as after a crash: a rotation may wait longer for nodes that are gone");
+    }
+}
+
 /// Tells nodes that nobody listens to any more.
 pub(super) fn revoked(
     bundle: Arc<TrustBundle>,

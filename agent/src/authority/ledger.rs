@@ -2,7 +2,8 @@
 //!
 //! Nothing is signed before the disk says that it may be valid for that long, so a crash forgets no SVID. What
 //! is on disk reaches two lifetimes ahead: a node's entry is written once in a lifetime, and many nodes'
-//! together. [`super::keeper`] does the writing.
+//! together. An authority that is stopped leaves the exact times, so only after a crash a rotation waits longer than it
+//! has to for a node that is gone. [`super::keeper`] does the writing.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -169,6 +170,19 @@ impl Ledger {
         inner.exact(disk);
         inner.told = (inner.news, now);
         Ok((&inner.state.rotation, &inner.state.signing) == (&disk.rotation, &disk.signing))
+    }
+
+    /// The same without forgetting anybody, for the last time: nothing more is issued.
+    ///
+    /// # Errors
+    /// As [`Ledger::exact`].
+    pub(super) fn last(&self, disk: &mut TrustState) -> Result<(), CaError> {
+        let mut inner = self.lock();
+        inner.follows(disk)?;
+        inner.exact(disk);
+        // Whoever still asks waits for a disk that nobody writes any more.
+        (inner.nodes, inner.signed) = on_disk(disk);
+        Ok(())
     }
 
     /// Puts what may be written into a state in place of what is exact.

@@ -41,6 +41,8 @@ pub(super) struct Service {
 
 /// Whoever has waited this long is told to come back, well before either side gives the request up.
 const LONGEST_WAIT: Duration = Duration::from_secs(7);
+/// How often the log says how many SVIDs were issued, if there were any.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often a node is listened to.
 const LISTEN_EVERY: Duration = Duration::from_millis(100);
 
@@ -194,10 +196,12 @@ impl Service {
         }
     }
 
-    fn svid(&self, chain: &[CertificateDer<'_>]) -> Svid {
+    /// An answer for a node that has roots of a `known` generation.
+    fn svid(&self, chain: &[CertificateDer<'_>], known: u64) -> Svid {
+        let bundle = self.bundle.borrow();
         Svid {
             chain: chain.iter().map(|c| c.to_vec()).collect(),
-            bundle: Some(wire::roots(&self.bundle.borrow())),
+            bundle: (known == 0 || known != bundle.generation()).then(|| wire::roots(&bundle)),
         }
     }
 
@@ -212,7 +216,8 @@ impl Service {
         match outcome {
             Ok(svid) => {
                 self.counters.issued(kind, SystemTime::now());
-                tracing::info!(peer = %peer.address, node = peer.id().map(tracing::field::display), id = asked, "issued");
+                // For a fleet these are many: what is told of all of them is [`tell_of_issued`]'s.
+                tracing::debug!(peer = %peer.address, node = peer.id().map(tracing::field::display), id = asked, "issued");
                 Ok(Response::new(svid))
             }
             Err(Refusal(reason, status)) => {
@@ -220,6 +225,24 @@ impl Service {
                 tracing::warn!(peer = %peer.address, node = peer.id().map(tracing::field::display), id = asked, reason, message = status.message(), "refused");
                 Err(status)
             }
+        }
+    }
+}
+
+/// Runs for ever: says now and then how many SVIDs were issued.
+pub(super) async fn tell_of_issued(counters: Arc<Counters>) {
+    let mut told = 0;
+    loop {
+        tokio::time::sleep(TELL_EVERY).await;
+        let (issued, lately) = counters.issued_so_far(SystemTime::now());
+        if issued > told {
+            tracing::info!(
+                new = issued - told,
+                in_last_minute = lately,
+                since_start = issued,
+                "SVIDs issued"
+            );
+            told = issued;
         }
     }
 }
@@ -257,7 +280,7 @@ impl Authority for Service {
                 let asked = Asked { id: &id, node: &request.node, lifetime: self.lifetime, held_until: 0 };
                 let signed = self.sign(asked, request.csr.clone(), now).await;
                 // Of two who present one token at once, one is given what was signed.
-                signed.and_then(|chain| self.redeem(&request, now).map(|()| self.svid(&chain)))
+                signed.and_then(|chain| self.redeem(&request, now).map(|()| self.svid(&chain, 0)))
             }
             Err(refusal) => Err(refusal),
         };
@@ -276,7 +299,7 @@ impl Authority for Service {
             Ok(id) => {
                 let held_until = request.held_until;
                 let asked = Asked { id: &id, node, lifetime: self.lifetime, held_until };
-                self.sign(asked, request.csr, now).await.map(|chain| self.svid(&chain))
+                self.sign(asked, request.csr, now).await.map(|chain| self.svid(&chain, request.generation))
             }
             Err(refusal) => Err(refusal),
         };

@@ -115,6 +115,9 @@ impl Authority {
     }
 }
 
+/// How long an authority that was told to stop may take.
+const LONGEST_END: Duration = Duration::from_secs(10);
+
 fn serve(config: AuthorityConfig) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -131,8 +134,8 @@ fn serve(config: AuthorityConfig) -> Result<()> {
         });
         tokio::select! {
             served = authority::run(config, stop.clone()) => served,
-            // Streams of bundles never end by themselves.
-            () = async { stop.cancelled().await; tokio::time::sleep(Duration::from_secs(2)).await } => Ok(()),
+            // Whatever it waits for, a disk or an API server.
+            () = async { stop.cancelled().await; tokio::time::sleep(LONGEST_END).await } => Ok(()),
         }
     })
 }

@@ -119,7 +119,8 @@ impl AuthorityIssuer {
         let held_until = now.svids.get(id).map_or(0, |svid| seconds(svid.leaf().not_after));
         let mut client = self.client().await?;
         let answer = if attested {
-            let request = IssueRequest { spiffe_id: id.to_string(), csr: csr.to_vec(), held_until };
+            let (spiffe_id, csr, generation) = (id.to_string(), csr.to_vec(), now.bundle.generation());
+            let request = IssueRequest { spiffe_id, csr, held_until, generation };
             client.issue(request).await
         } else if *id == self.node {
             let join_token = self.token()?;
@@ -141,9 +142,10 @@ impl AuthorityIssuer {
     }
 
     fn issued(&self, svid: Svid) -> Result<Issued, IssueError> {
-        let bundle = svid.bundle.ok_or_else(|| self.unusable("an answer without a trust bundle"))?;
+        // Without roots those that are held have to verify it, which is checked like everything else.
+        let bundle = svid.bundle.map(|bundle| self.bundle(bundle)).transpose()?;
         let chain = svid.chain.into_iter().map(CertificateDer::from).collect();
-        Ok(Issued { chain, bundle: Some(self.bundle(bundle)?) })
+        Ok(Issued { chain, bundle })
     }
 
     fn bundle(&self, bundle: Bundle) -> Result<TrustBundle, IssueError> {

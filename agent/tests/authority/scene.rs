@@ -99,6 +99,13 @@ impl Scene {
         }
     }
 
+    /// As an operator stops it.
+    pub(crate) async fn stop_gracefully(&mut self) {
+        let (stop, task) = self.running.take().unwrap();
+        stop.cancel();
+        tokio::time::timeout(SOON, task).await.expect("it ends").unwrap().unwrap();
+    }
+
     pub(crate) fn store(&self) -> Store {
         Store::open(&self.dir.join("state")).unwrap()
     }
@@ -165,7 +172,7 @@ impl Scene {
 
     /// Asks with any CSR for anything.
     pub(crate) async fn ask(&self, node: &X509Svid, id: &str, csr: Vec<u8>) -> Result<Svid, Status> {
-        let request = IssueRequest { spiffe_id: id.into(), csr, held_until: 0 };
+        let request = IssueRequest { spiffe_id: id.into(), csr, held_until: 0, generation: 0 };
         self.client(Some(node)).await.issue(request).await.map(tonic::Response::into_inner)
     }
 
