@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use crate::config::federation::{FederatedConfig, FederationConfig};
 use crate::config::read_text;
 use crate::config::watch::{LOOK_EVERY, Stamp, stamp};
-use crate::identity::federation::{Federated, Federation};
+use crate::identity::federation::{Admit, Federated, Federation};
 use document::Document;
 use endpoint::Endpoint;
 use kept::Kept;
@@ -213,6 +213,6 @@ fn read(file: &Path) -> Result<Document, String> {
     if roots.is_empty() {
         return Err(named("neither a SPIFFE bundle nor PEM: there is no certificate in it".into()));
     }
-    Federated::new(roots.clone(), Default::default()).map_err(|error| named(error.to_string()))?;
+    Federated::new(roots.clone(), Admit::default()).map_err(|error| named(error.to_string()))?;
     Ok(Document { roots, ..Document::default() })
 }

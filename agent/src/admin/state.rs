@@ -12,10 +12,9 @@ use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
 use crate::enrol::{self, Standing};
-use crate::identity::SpiffeId;
-use crate::identity::TrustDomain;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::crl::Listed;
+use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::Policies;
 use crate::rotate;
 use crate::telemetry::Metrics;
@@ -270,7 +269,6 @@ fn unix(time: SystemTime) -> u64 {
 mod tests {
     use super::*;
     use crate::ca::{Ca, ProvenKey, create_root};
-    use crate::identity::TrustDomain;
     use crate::identity::revocation::{Revocations, Subject};
     use crate::issue::Keypair;
 

@@ -2,7 +2,7 @@
 //!
 //! One GET on a connection of its own, with bounds on time and size. Redirections are not followed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,7 +102,7 @@ impl Endpoint {
 
     fn verifying(&self, held: &[CertificateDer<'static>]) -> Result<Arc<ClientConfig>, String> {
         let config = match &self.how {
-            How::Web(roots) => tls::client::web(web_roots(roots.as_ref())?, ALPN),
+            How::Web(roots) => tls::client::web(web_roots(roots.as_deref())?, ALPN),
             How::Spiffe(id) => {
                 let bundle = TrustBundle::new(self.domain.clone(), held.to_vec())
                     .map_err(|error| format!("the bundle that is held cannot verify it: {error}"))?;
@@ -114,7 +114,7 @@ impl Endpoint {
 }
 
 /// Read each time: both are renewed under us, and once in minutes is seldom.
-fn web_roots(file: Option<&PathBuf>) -> Result<RootCertStore, String> {
+fn web_roots(file: Option<&Path>) -> Result<RootCertStore, String> {
     let mut store = RootCertStore::empty();
     match file {
         Some(file) => {

@@ -80,8 +80,9 @@ impl Roots {
         let federated: Vec<_> = federated.filter(|(domain, _)| *domain != bundle.domain()).collect();
         let others = federated
             .iter()
-            .map(|(domain, federated)| Ok(((*domain).clone(), federated.anchors().map_err(unusable)?)))
-            .collect::<Result<_, Error>>()?;
+            .map(|(domain, federated)| federated.anchors().map(|anchors| ((*domain).clone(), anchors)))
+            .collect::<Result<_, _>>()
+            .map_err(unusable)?;
         let own = named(bundle.domain(), bundle.roots());
         let aliases = bundle.aliases().iter().map(|alias| digest(&[b"alias", alias.as_str().as_bytes()]));
         let federated = federated.iter().map(|(domain, federated)| named(domain, federated.roots()));
@@ -92,9 +93,10 @@ impl Roots {
             algorithms: provider().signature_verification_algorithms,
             digest: match more.is_empty() {
                 true => own,
-                false => digest(
-                    &[own.as_slice()].into_iter().chain(more.iter().map(AsRef::as_ref)).collect::<Vec<_>>(),
-                ),
+                false => {
+                    let parts = [&own].into_iter().chain(&more).map(|part| part.as_slice());
+                    digest(&parts.collect::<Vec<_>>())
+                }
             },
             bundle: bundle.clone(),
             chains: Mutex::new(Bounded::new(MAX_CHAINS)),
@@ -183,8 +185,9 @@ impl Roots {
         certificate
             .verify_for_usage(algorithms, roots, intermediates, now, usage, None, None)
             .map_err(webpki_error)?;
-        let misidentified =
-            |who| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who))));
+        let misidentified = |who: Misidentified| {
+            Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(who))))
+        };
         let not_an_svid = |e: SvidError| misidentified(Misidentified::NotAnSvid(e));
         let parsed = claimed.map_err(not_an_svid)?;
         if speaking.is_none() {
