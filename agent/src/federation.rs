@@ -7,7 +7,7 @@ pub mod document;
 mod endpoint;
 mod kept;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 

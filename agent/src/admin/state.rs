@@ -248,7 +248,7 @@ fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, now: SystemTime
 
 /// What is wrong with CRLs, in words.
 /// The other trust domains, with how many roots each has here.
-fn federated(bundle: &TrustBundle) -> serde_json::Map<String, serde_json::Value> {
+fn federated(bundle: &TrustBundle) -> serde_json::Map<String, Value> {
     let all = bundle.federation().into_iter().flat_map(|federation| federation.iter());
     all.map(|(domain, federated)| (domain.to_string(), federated.roots().len().into())).collect()
 }
