@@ -6,8 +6,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, ensure};
-use hauberk::ca::{Ca, ProvenKey, create_root, create_successor};
+use anyhow::{Result, ensure};
+use hauberk::ca::{Ca, ProvenKey, create_root, create_successor, cross};
 use hauberk::identity::{SpiffeId, TrustDomain};
 use hauberk::issue::Keypair;
 use hauberk::tls::roots::{Roots, Usage};
@@ -32,9 +32,8 @@ fn main() -> Result<()> {
     let domain = TrustDomain::parse("bench.test")?;
     let now = SystemTime::now();
     let root = Ca::from_pem(domain.clone(), &create_root(&domain, now)?)?;
-    let (pem, cross) = create_successor(&domain, Some(&root), now)?;
-    let cross = CertificateDer::from_pem_slice(cross.context("a cross certificate")?.as_bytes())?;
-    let next = Ca::from_pem(domain, &pem)?;
+    let next = Ca::from_pem(domain.clone(), &create_successor(&domain, now)?)?;
+    let cross = CertificateDer::from_pem_slice(cross::certify(&next, &root, now)?.as_bytes())?;
     let direct = measure(&root, &issue(&root, &[], now)?)?;
     let between = measure(&root, &issue(&next, &[cross], now)?)?;
     println!("{}", json!({"direct": direct, "oneIntermediate": between}));

@@ -3,7 +3,7 @@
 //! It never listens, dials, reads a clock it was not given, or copies a field from a CSR other than
 //! the public key: who gets which identity is decided before, by whoever calls.
 
-mod cross;
+pub mod cross;
 mod csr;
 pub mod issuer;
 pub mod rotation;

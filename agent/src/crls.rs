@@ -291,7 +291,8 @@ mod tests {
         }
 
         fn fault(&self) -> String {
-            let listed = &self.trust.snapshot().bundle.crls().0[0];
+            let now = self.trust.snapshot();
+            let listed = &now.bundle.crls().0[0];
             listed.fault.as_deref().unwrap_or_default().to_owned()
         }
     }

@@ -27,7 +27,7 @@ const PROBE: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// When it cannot be made, or nobody would believe it.
-pub(super) fn certify(next: &Ca, before: &Ca, now: SystemTime) -> Result<String, CaError> {
+pub fn certify(next: &Ca, before: &Ca, now: SystemTime) -> Result<String, CaError> {
     let root = next.bundle().roots().first().ok_or_else(|| material("there is no root"))?;
     let cross = sign(root, before, now)?;
     let way: Vec<_> = [cross].into_iter().chain(before.above.iter().cloned()).collect();

@@ -213,12 +213,13 @@ async fn what_vault_revokes_in_its_crl_is_refused_under_its_intermediate() {
         bao.dir.write("pki.crl", &crl)
     };
     let config = CrlConfig { file: publish(), issuer: None, grace: Duration::ZERO };
-    let without = Keeper::load(std::slice::from_ref(&config), Arc::clone(&trust)).unwrap();
+    let keep = || hauberk::issue::keep::crls::CrlKeep::in_dir(&bao.dir.0);
+    let without = Keeper::load(std::slice::from_ref(&config), Arc::clone(&trust), keep()).unwrap();
     let why = trust.snapshot().bundle.crls().0[0].unknown.clone().unwrap();
     assert!(why.contains("revocation.crls.issuer"), "an intermediate's list needs its certificate: {why}");
     drop(without);
     let issuer_file = Some(bao.dir.0.join("intermediate.pem"));
-    let keeper = Keeper::load(&[CrlConfig { issuer: issuer_file, ..config }], Arc::clone(&trust)).unwrap();
+    let keeper = Keeper::load(&[CrlConfig { issuer: issuer_file, ..config }], Arc::clone(&trust), keep()).unwrap();
     assert_eq!(trust.snapshot().bundle.crls().0[0].unknown, None);
     let following = tokio::spawn(keeper.follow());
     let svid = trust.svid(&web()).unwrap();
