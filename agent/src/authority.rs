@@ -8,6 +8,7 @@
 
 pub mod config;
 mod counters;
+mod directory;
 mod istio;
 mod keeper;
 mod ledger;
@@ -70,7 +71,7 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     let (policies, following_policies) =
         policy::source::open(config.policy.as_ref(), &config.trust_domain).await?;
     let (directory, following_directory) =
-        source::open(&config.directory, &config.trust_domain, None, policies.mesh()).await?;
+        source::open(&config.directory, &config.trust_domain, None, policies.mesh(), None).await?;
     let statuses = keep_statuses(&config, &policies).await?;
     let counters = Arc::new(Counters::new()?);
     let revoked = Arc::new(store.revocations()?);
@@ -108,6 +109,8 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     tasks.spawn(statuses);
     tasks.spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
     tasks.spawn(keeper.run());
+    let telling = directory::Telling::new(bundle.subscribe(), Arc::clone(&counters));
+    tasks.spawn(Arc::clone(&telling).follow(Arc::clone(&directory)));
     let service = Service {
         domain: config.trust_domain,
         ledger,
@@ -118,7 +121,7 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         counters: Arc::clone(&counters),
         bundle,
     };
-    serve::serve(listener, service, shown, trusted, counters, stop).await
+    serve::serve(listener, (service, telling), shown, trusted, counters, stop).await
 }
 
 /// Metrics and health for everybody; how it stands for whoever may open the socket in the state directory.

@@ -128,7 +128,7 @@ impl Pods {
     pub fn told_by(directory: &DirectoryConfig) -> Self {
         match directory {
             DirectoryConfig::File(_) => Self::Named,
-            DirectoryConfig::Kubernetes(_) => Self::ByCgroup,
+            DirectoryConfig::Kubernetes(_) | DirectoryConfig::Authority(_) => Self::ByCgroup,
         }
     }
 }

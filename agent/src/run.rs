@@ -25,7 +25,7 @@ use crate::balance::Balance;
 use crate::capture::{Capture, Pods};
 use crate::config::{AgentConfig, PolicyConfig};
 use crate::crls::Keeper;
-use crate::directory::{Live, source};
+use crate::directory::{Live, source, stream};
 use crate::enrol::{Enroller, Standing};
 use crate::fleet::lease;
 use crate::fleet::reach::Reach;
@@ -84,8 +84,14 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let trust = Trust::new(bundle(&config)?);
     let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
     let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
-    let (directory, following_directory) =
-        source::open(&config.directory, domain, Some(&config.node), policies.mesh()).await?;
+    let (directory, following_directory) = source::open(
+        &config.directory,
+        domain,
+        Some(&config.node),
+        policies.mesh(),
+        dial(&config, &node, &trust),
+    )
+    .await?;
     let tunnel_port = config.tunnel.port;
     let told = Pods::told_by(&config.directory);
     let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt, told)?);
@@ -243,6 +249,15 @@ fn bundle(config: &AgentConfig) -> Result<TrustBundle> {
     let named = || format!("cannot use the trust bundle {} ({field})", path.display());
     let pem = std::fs::read(path).with_context(named)?;
     TrustBundle::from_pem(config.trust_domain.clone(), &pem).with_context(named)
+}
+
+/// How the directory reaches the authority.
+fn dial(config: &AgentConfig, node: &SpiffeId, trust: &Arc<Trust>) -> Option<stream::Dial> {
+    let line = issue::line(config.issuer(), node.clone(), Arc::clone(trust))?;
+    Some(Arc::new(move || {
+        let line = Arc::clone(&line);
+        Box::pin(async move { line.attested().await.map_err(|error| error.to_string()) })
+    }))
 }
 
 fn shared(

@@ -5,7 +5,8 @@ use clap::Args;
 
 use crate::shell::{command, root, run, step};
 
-const TARGETS: [&str; 8] = ["spiffe_id", "svid", "connect", "bundle", "csr", "policy", "ticket", "proof"];
+const TARGETS: [&str; 10] =
+    ["spiffe_id", "svid", "connect", "bundle", "csr", "crl", "policy", "ticket", "proof", "directory"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {

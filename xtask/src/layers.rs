@@ -25,7 +25,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("authority", &["admin", "ca", "config", "directory", "fleet", "identity", "issue", "policy", "tls"]),
     ("rotate", &["identity", "issue", "telemetry", "trust", "verdict"]),
     ("netns", &[]),
-    ("directory", &["config", "document", "identity", "mesh_policy"]),
+    ("directory", &["cidr", "config", "document", "identity", "mesh_policy"]),
     ("passing", &[]),
     ("handover", &["passing"]),
     ("capture", &["cidr", "config", "directory", "handover", "mesh_policy", "netns", "passing"]),

@@ -92,7 +92,8 @@ fn directory(config: &AgentConfig) -> Found {
     const NAME: &str = "directory";
     let file = match &config.directory {
         DirectoryConfig::File(file) => file,
-        DirectoryConfig::Kubernetes(cluster) => return api_server(config, cluster),
+        DirectoryConfig::Kubernetes(cluster) => return api_server(config, cluster, "directory.kubernetes"),
+        DirectoryConfig::Authority(cluster) => return api_server(config, cluster, "directory.authority"),
     };
     // What is wrong with the policies is told beside this.
     let mesh = match &config.policy {
@@ -117,15 +118,20 @@ fn directory(config: &AgentConfig) -> Found {
     }
 }
 
-fn api_server(config: &AgentConfig, cluster: &KubernetesConfig) -> Found {
+fn api_server(config: &AgentConfig, cluster: &KubernetesConfig, field: &'static str) -> Found {
     const NAME: &str = "API server";
     let asked = ask(async {
-        let connection = kubernetes::Connection::new(cluster, &config.trust_domain, Some(&config.node));
-        kubernetes::probe(&connection.await.map_err(|error| error.to_string())?).await
+        let node = Some(&*config.node);
+        let connection = kubernetes::Connection::new(cluster, field, &config.trust_domain, node).await;
+        let connection = connection.map_err(|error| error.to_string())?;
+        match &config.directory {
+            DirectoryConfig::Authority(_) => kubernetes::probe_pods(&connection).await,
+            _ => kubernetes::probe(&connection).await,
+        }
     });
     match asked {
         Ok(()) => Found::ok(NAME, "answers, and lets this agent read what it needs"),
-        Err(error) => Found::fail(NAME, error, "correct directory.kubernetes, or grant what is missing"),
+        Err(error) => Found::fail(NAME, error, format!("correct {field}, or grant what is missing")),
     }
 }
 
