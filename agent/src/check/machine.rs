@@ -204,6 +204,13 @@ fn trust_bundle(config: &AgentConfig) -> Found {
 
 fn pods_cgroup(config: &AgentConfig) -> Found {
     const NAME: &str = "pods' cgroup";
+    if let Some(path) = mount::only_in_v1(&config.capture.cgroup) {
+        return Found::fail(
+            NAME,
+            format!("pods are in cgroup v1 only ({})", path.display()),
+            "boot the node with cgroup v2 (kernel argument systemd.unified_cgroup_hierarchy=1)",
+        );
+    }
     match mount::cgroup_dir(&config.capture.cgroup) {
         Ok(path) if path.join("cgroup.procs").exists() => Found::ok(NAME, path.display().to_string()),
         Ok(path) => Found::fail(
