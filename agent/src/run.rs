@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
+use futures_util::FutureExt;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
@@ -256,7 +257,7 @@ fn dial(config: &AgentConfig, node: &SpiffeId, trust: &Arc<Trust>) -> Option<str
     let line = issue::line(config.issuer(), node.clone(), Arc::clone(trust))?;
     Some(Arc::new(move || {
         let line = Arc::clone(&line);
-        Box::pin(async move { line.attested().await.map_err(|error| error.to_string()) })
+        async move { line.attested().await.map_err(|error| error.to_string()) }.boxed()
     }))
 }
 

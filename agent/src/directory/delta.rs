@@ -88,7 +88,7 @@ fn changed<'a, K: Hash + Eq + Clone, V: Clone + PartialEq>(
 }
 
 /// What is at addresses where something else was, each with all its addresses; addresses where nothing is.
-fn by_address<T: PartialEq + Eq>(
+fn by_address<T: Eq>(
     now: &Table<IpAddr, Arc<T>>,
     before: &Table<IpAddr, Arc<T>>,
     addresses: impl Fn(&T) -> &Vec<IpAddr>,

@@ -20,7 +20,7 @@ const STATES: usize = 64;
 type Way = Arc<[Bytes]>;
 
 /// Everything of one state.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Whole {
     version: u64,
     rows: Way,
@@ -114,9 +114,8 @@ impl History {
             let now = self.state(self.version).map(|now| wire::between(&Directory::default(), now));
             Whole { version: self.version, rows: now.unwrap_or_default().into() }
         });
-        let same = Whole { version: whole.version, rows: Arc::clone(&whole.rows) };
-        self.whole = Some(whole);
-        same
+        self.whole = Some(whole.clone());
+        whole
     }
 
     fn chunks(&self, way: &Way, version: u64, anew: bool) -> Vec<Chunk> {

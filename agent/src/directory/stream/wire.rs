@@ -126,7 +126,7 @@ fn node_row(node: &Node) -> proto::Node {
 /// Which of the addresses are not among those where it is found.
 fn taken(addresses: &[IpAddr], at: &[IpAddr]) -> u32 {
     let taken = addresses.iter().take(32).enumerate().filter(|(_, address)| !at.contains(address));
-    taken.fold(0, |bits, (place, _)| bits | 1 << place)
+    taken.fold(0, |bits, (place, _)| bits | (1_u32 << place))
 }
 
 fn workload_row(Found { of, at }: &Found<Workload>) -> proto::Workload {
