@@ -16,8 +16,9 @@ use crate::identity::{ParseError, SpiffeId, TrustDomain};
 use crate::mesh_policy::Exclusions;
 use crate::mesh_policy::document::Exclude;
 
-/// A chunk is sent when it has so many bytes. A row is never divided.
-const CHUNK_BYTES: usize = 256 << 10;
+/// A chunk is sent when it has so many bytes. A row is never divided. Few in tests, where a state shall take
+/// several chunks too.
+const CHUNK_BYTES: usize = if cfg!(test) { 100 } else { 256 << 10 };
 /// The longest chunk that is read: a service of 100,000 endpoints fits.
 pub const MAX_CHUNK_BYTES: usize = 8 << 20;
 /// Kubernetes' own bound on names.
