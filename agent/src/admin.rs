@@ -106,7 +106,8 @@ async fn failed(error: &io::Error) {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-async fn connection(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, pages: Pages) {
+/// Serves pages on one connection, until its reader ends it.
+pub async fn connection(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, pages: Pages) {
     let service = service_fn(move |request: Request<Incoming>| {
         let response = answer(&pages, &request);
         async move { Ok::<_, Infallible>(response) }

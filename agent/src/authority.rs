@@ -9,6 +9,7 @@
 pub mod config;
 mod counters;
 mod directory;
+mod federation;
 mod istio;
 mod keeper;
 mod ledger;
@@ -104,6 +105,7 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
         bundle: bundle.clone(),
         counters: Arc::clone(&counters),
     };
+    federation::start(&config, &bundle, shown.clone(), &mut tasks).await?;
     tasks.spawn(following_directory);
     tasks.spawn(following_policies);
     tasks.spawn(statuses);

@@ -2,6 +2,7 @@
 //!
 //! Unknown fields are errors, so a misspelt one cannot silently mean its default.
 
+pub mod federation;
 pub mod issuer;
 pub mod watch;
 
@@ -15,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::TrustDomain;
+use federation::FederationConfig;
 use issuer::AuthorityClientConfig;
 pub use issuer::IssuerConfig;
 
@@ -99,6 +101,11 @@ pub struct AgentConfig {
     pub node: String,
     /// The trust domain every local identity is in.
     pub trust_domain: TrustDomain,
+    /// Other names of the trust domain: their identities are taken for those of our own.
+    #[serde(default)]
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    /// Other trust domains, where the issuer does not say: the authority does.
+    pub federation: Option<FederationConfig>,
     /// Where workloads are known from.
     #[serde(with = "serde_yaml::with::singleton_map")]
     pub directory: DirectoryConfig,
@@ -407,6 +414,8 @@ impl AgentConfig {
             .settle_issuer()
             .and_then(|()| config.validate())
             .map_err(|(field, message)| ConfigError::invalid(path, (field.into(), message.into())))?;
+        let federation = config.federation.as_ref().map_or(Ok(()), |it| it.check(&config.trust_domain));
+        federation.map_err(|fault| ConfigError::invalid(path, fault))?;
         Ok(config)
     }
 
@@ -419,7 +428,7 @@ impl AgentConfig {
 
     /// One way to say it from here on.
     fn settle_issuer(&mut self) -> Result<(), (&'static str, &'static str)> {
-        const ONE: &str = "give exactly one of authority, istio, vault, files and spire below it";
+        const ONE: &str = "give exactly one of authority, istio, vault, kubernetes, files and spire below it";
         self.issuer = match (self.authority.take(), self.issuer.take()) {
             (Some(authority), None) => Some(IssuerConfig::Authority(authority)),
             (None, Some(issuer)) => Some(issuer),
@@ -435,6 +444,17 @@ impl AgentConfig {
         let ports = &self.capture.ports;
         if self.node.is_empty() || self.node.contains('/') {
             return Err(("node", "must be the node's name, without '/'; or set HAUBERK_NODE"));
+        }
+        if self.trust_domain_aliases.contains(&self.trust_domain) {
+            return Err(("trustDomainAliases", "names other than trustDomain's own"));
+        }
+        if self.federation.is_some()
+            && matches!(self.issuer(), IssuerConfig::Authority(_) | IssuerConfig::Spire(_))
+        {
+            return Err((
+                "federation",
+                "the authority, or SPIRE, sends other trust domains' bundles; name them there",
+            ));
         }
         if ports.is_empty() || ports.len() > ebpf::MAX_LISTENER_PORTS {
             return Err(("capture.ports", "give one to four ports"));

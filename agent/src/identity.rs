@@ -5,9 +5,11 @@
 
 pub mod bundle;
 pub mod crl;
+pub mod federation;
 pub mod revocation;
 pub mod svid;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -130,6 +132,18 @@ impl SpiffeId {
     /// The trust domain's name.
     pub fn trust_domain(&self) -> &str {
         &self.uri[SCHEME.len()..self.path_at]
+    }
+
+    /// The identity that this one is taken for in `domain`, which has these `aliases` too: the same path under
+    /// the domain's own name.
+    pub fn under(&self, domain: &TrustDomain, aliases: &[TrustDomain]) -> Cow<'_, Self> {
+        if self.trust_domain() == domain.as_str()
+            || !aliases.iter().any(|alias| alias.as_str() == self.trust_domain())
+        {
+            return Cow::Borrowed(self);
+        }
+        let uri = format!("{SCHEME}{domain}{}", self.path());
+        Cow::Owned(Self { uri: uri.into(), path_at: SCHEME.len() + domain.as_str().len() })
     }
 
     /// The path with its leading slash.

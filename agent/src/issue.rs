@@ -9,6 +9,7 @@ pub mod files;
 mod grpc;
 pub mod istio;
 pub mod keep;
+pub mod kubernetes;
 pub mod spire;
 pub mod vault;
 
@@ -173,6 +174,7 @@ pub fn configured(config: &IssuerConfig, node: SpiffeId, trust: Arc<Trust>) -> A
         }
         IssuerConfig::Istio(config) => Arc::new(istio::IstioIssuer::new(config, domain)),
         IssuerConfig::Vault(config) => Arc::new(vault::VaultIssuer::new(config, domain)),
+        IssuerConfig::Kubernetes(config) => Arc::new(kubernetes::KubernetesIssuer::new(config, domain)),
         IssuerConfig::Files(config) => Arc::new(files::FilesIssuer::new(config, domain)),
         IssuerConfig::Spire(config) => Arc::new(spire::SpireIssuer::new(config, node, domain)),
     }

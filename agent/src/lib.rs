@@ -16,8 +16,8 @@
 //! - [`shard`] is one thread of all that, [`pod`] what it serves, [`enrol`] decides which those are;
 //! - [`handover`] leaves it to a successor, by [`passing`] open sockets on.
 //!
-//! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], [`crls`], and [`trust`], which
-//! is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`fleet`],
+//! Who is who: [`identity`], [`ca`], [`authority`], [`issue`], [`rotate`], [`crls`], [`federation`], and
+//! [`trust`], which is what holds now. Seen from outside: [`verdict`], [`telemetry`], [`admin`], [`check`], [`fleet`],
 //! [`capacity`], [`cli`]. [`run`] alone knows all of them.
 
 // The exceptions are at the kernel boundary, and each says why.
@@ -50,6 +50,7 @@ pub mod verdict;
 pub mod authority;
 pub mod ca;
 pub mod crls;
+pub mod federation;
 pub mod identity;
 pub mod issue;
 pub mod rotate;

@@ -117,7 +117,7 @@ impl Passage {
         };
         let permit = shard.policies.judge(attempt).map_err(|denial| {
             let failure = Failure { reason: Reason::DeniedByPolicy, detail: denial.to_string().into() };
-            Closed { encryption: Encryption::Local, failure, policy: Some(denial.policy) }
+            Closed { encryption: Encryption::Local, failure, policy: denial.policy }
         })?;
         let delivered = self.to.deliver.connect(self.destination, client).await;
         let delivered = delivered.map_err(|error| {
@@ -210,7 +210,7 @@ impl Open {
                 encryption: Encryption::Local,
                 reason: relayed.reason,
                 detail: &detail,
-                policy: denial.as_ref().map(|denial| &*denial.policy),
+                policy: denial.as_ref().and_then(|denial| denial.policy.as_deref()),
                 moved: [relayed.from_app, relayed.to_app],
                 open_for: Some(self.began.elapsed()),
             },

@@ -227,7 +227,7 @@ impl Connection {
         };
         shard.policies.deny_early(&attempt).map_err(|denial| {
             let detail = denial.to_string().into();
-            way.policy = Some(denial.policy);
+            way.policy = denial.policy;
             Failure { reason: Reason::DeniedByPolicy, detail }
         })?;
         if let Some(neighbour) = shard.pods.serving(destination) {

@@ -8,14 +8,15 @@
 
 pub mod document;
 pub mod kubernetes;
+pub mod neighbours;
 pub mod rule;
 pub mod source;
 
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::watch;
@@ -25,7 +26,8 @@ use crate::directory::{Standing, Workload};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh_policy::MeshPolicies;
 use document::{AccessPolicy, Documents};
-use rule::{Decision, Rules};
+use neighbours::Neighbours;
+use rule::{Decision, Outcome, Rules};
 
 /// Who wants to reach whom.
 #[derive(Clone, Debug)]
@@ -68,6 +70,7 @@ pub struct Loaded {
     rules: Rules,
     policies: Vec<Policy>,
     documents: Vec<AccessPolicy>,
+    neighbours: Neighbours,
 }
 
 impl Loaded {
@@ -80,17 +83,20 @@ impl Loaded {
 /// Why a connection is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Denial {
-    /// `namespace/name` of the policy.
-    pub policy: Arc<str>,
-    /// Whether it refuses this peer, rather than none allowing it.
+    /// `namespace/name` of the policy; `None` where one would have to allow it and none is about the workload.
+    pub policy: Option<Arc<str>>,
+    /// Whether the policy refuses this peer, rather than none allowing it.
     matched: bool,
 }
 
 impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.matched {
-            true => write!(f, "the deny policy {} matches", self.policy),
-            false => write!(f, "{} is about this workload, and no allow policy matches", self.policy),
+        match (&self.policy, self.matched) {
+            (Some(policy), true) => write!(f, "the deny policy {policy} matches"),
+            (Some(policy), false) => {
+                write!(f, "{policy} is about this workload, and no allow policy matches")
+            }
+            (None, _) => f.write_str("no policy allows it, which an identity of another trust domain needs"),
         }
     }
 }
@@ -100,6 +106,8 @@ impl fmt::Display for Denial {
 pub struct Policies {
     domain: TrustDomain,
     now: ArcSwap<Loaded>,
+    /// Serialises writers; readers never take it.
+    writing: Mutex<()>,
     /// Tells of every change of [`Policies::generation`].
     changed: watch::Sender<()>,
     /// Why the newest state of the source is not in use.
@@ -115,7 +123,7 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Without any policy: every identity of the trust domain may reach every workload.
+    /// Without any policy: every identity of the own trust domain may reach every workload.
     pub fn none(domain: TrustDomain) -> Arc<Self> {
         let policies = Self::new(domain, MeshPolicies::none(), None);
         policies.read.send_replace(true);
@@ -126,6 +134,7 @@ impl Policies {
         Self {
             domain,
             now: ArcSwap::from_pointee(Loaded::default()),
+            writing: Mutex::default(),
             changed: watch::Sender::new(()),
             fault: ArcSwapOption::empty(),
             mesh,
@@ -196,11 +205,25 @@ impl Policies {
     /// When one cannot be compiled; nothing changes then.
     pub fn replace(&self, mut documents: Vec<AccessPolicy>) -> Result<bool, Fault> {
         documents.sort_by_cached_key(AccessPolicy::name);
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.change(documents, self.now.load().neighbours.clone())
+    }
+
+    /// Takes into use what is known of other trust domains; open connections are judged again.
+    pub fn know(&self, neighbours: Neighbours) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // What could be compiled can be with other names for the same trust domain; the fault is told if not.
+        if let Err((at, what)) = self.change(self.now.load().documents.clone(), neighbours) {
+            tracing::error!(policy = at, error = what, "the access policies stay as they were");
+        }
+    }
+
+    fn change(&self, documents: Vec<AccessPolicy>, neighbours: Neighbours) -> Result<bool, Fault> {
         let before = self.now.load();
-        if before.documents == documents {
+        if before.documents == documents && before.neighbours == neighbours {
             return Ok(false);
         }
-        let rules = Rules::compile(&documents, &self.domain)
+        let rules = Rules::compile(&neighbours.canonical(&documents, &self.domain), &self.domain)
             .map_err(|(index, error)| (documents[index].name(), error.to_string()))?;
         let policies = documents.iter().map(|document| {
             let name: Arc<str> = document.name().into();
@@ -210,7 +233,7 @@ impl Policies {
         });
         let policies = policies.collect();
         let generation = before.generation + 1;
-        self.now.store(Arc::new(Loaded { generation, rules, policies, documents }));
+        self.now.store(Arc::new(Loaded { generation, rules, policies, documents, neighbours }));
         self.changed.send_replace(());
         Ok(true)
     }
@@ -269,7 +292,7 @@ impl Policies {
         // Before looking: a change after this is seen by `revoked`.
         let changes = self.changed.subscribe();
         let now = self.now.load();
-        let outcome = now.rules.judge(&attempt.peer, attempt.source, &attempt.workload, attempt.port);
+        let outcome = now.judge(&attempt, &self.domain);
         now.count_hit(outcome.enforced);
         if let Some(denial) = now.denial(outcome.enforced) {
             now.count(outcome.enforced, |counts| &counts.denied);
@@ -292,7 +315,7 @@ impl Policies {
     /// The policy that refuses it.
     pub fn deny_early(&self, attempt: &Attempt) -> Result<(), Denial> {
         let now = self.now.load();
-        let outcome = now.rules.judge(&attempt.peer, attempt.source, &attempt.workload, attempt.port);
+        let outcome = now.judge(attempt, &self.domain);
         let Some(denial) = now.denial(outcome.enforced) else { return Ok(()) };
         now.count(outcome.enforced, |counts| &counts.denied);
         Err(denial)
@@ -301,14 +324,32 @@ impl Policies {
     /// Whether a peer may reach a workload at all, on some port and from some address: what has to
     /// hold for a connection to be worth keeping. Each stream on it is judged for itself.
     pub fn may_reach(&self, peer: &SpiffeId, workload: &Workload) -> bool {
-        self.now.load().rules.may_reach(peer, workload)
+        let now = self.now.load();
+        let peer = peer.under(&self.domain, &now.neighbours.aliases);
+        now.rules.may_reach(&peer, workload, !now.neighbours.is_outsider(&peer, &self.domain))
     }
 }
 
 impl Loaded {
+    fn judge(&self, attempt: &Attempt, domain: &TrustDomain) -> Outcome {
+        let Attempt { peer, source, workload, port } = attempt;
+        if self.neighbours.is_foreign(workload, domain) {
+            return Outcome { enforced: Decision::Allowed(None), tried: Decision::Allowed(None) };
+        }
+        let peer = peer.under(domain, &self.neighbours.aliases);
+        let Outcome { enforced, tried } = self.rules.judge(&peer, *source, workload, *port);
+        let outsider = self.neighbours.is_outsider(&peer, domain);
+        let decide = |decision: Decision| match decision {
+            Decision::Allowed(None) if outsider => Decision::Outsider,
+            decided => decided,
+        };
+        Outcome { enforced: decide(enforced), tried: decide(tried) }
+    }
+
     fn denial(&self, decision: Decision) -> Option<Denial> {
-        let policy = self.policies.get(decision.policy().filter(|_| decision.denies())?)?;
-        Some(Denial { policy: Arc::clone(&policy.name), matched: matches!(decision, Decision::Denied(_)) })
+        let named = |at: usize| self.policies.get(at).map(|policy| Arc::clone(&policy.name));
+        let matched = matches!(decision, Decision::Denied(_));
+        decision.denies().then(|| Denial { policy: decision.policy().and_then(named), matched })
     }
 
     /// Counts a policy that matched; one that is merely about the workload did not.
@@ -358,7 +399,7 @@ impl Admitted {
 fn would_deny(attempt: &Attempt, denial: &Denial) {
     tracing::warn!(
         target: "access",
-        policy = &*denial.policy,
+        policy = denial.policy.as_deref(),
         source_id = %attempt.peer,
         source = %attempt.source,
         destination_id = %attempt.workload.id,

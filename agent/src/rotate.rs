@@ -357,10 +357,15 @@ fn take_up(trust: &Trust, keep: &Keep, node: Option<&SpiffeId>, issuer: IssuerKi
 pub async fn keep_bundle(trust: Arc<Trust>, keep: Keep) {
     let mut bundles = trust.subscribe_bundle();
     let mut kept = trust.snapshot().bundle.revocations().generation();
-    let mut kept_roots = trust.snapshot().bundle.generation();
+    let before = trust.snapshot();
+    let (mut kept_roots, mut kept_others) = (before.bundle.generation(), before.bundle.federation().cloned());
     while bundles.changed().await.is_ok() {
         let bundle = Arc::clone(&trust.snapshot().bundle);
-        if std::mem::replace(&mut kept_roots, bundle.generation()) != bundle.generation() {
+        let others = bundle.federation();
+        // With another issuer than the authority they are not taken up again, and its own sources say them.
+        let is_other = bundle.generation() > 0 && kept_others.as_ref() != others;
+        if std::mem::replace(&mut kept_roots, bundle.generation()) != bundle.generation() || is_other {
+            kept_others = others.cloned();
             tracing::info!(roots = bundle.roots().len(), generation = kept_roots, "roots received");
             if let Err(error) = keep.save_bundle(&bundle) {
                 tracing::warn!(%error, "cannot keep the roots; after a restart this agent has those of its file until the authority has sent them");

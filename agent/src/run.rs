@@ -4,6 +4,7 @@
 //! wait: the authority, the directory, the admin server. Load on one does not delay the other.
 
 mod enrolling;
+mod federated;
 mod upgrade;
 
 use std::future::Future;
@@ -43,6 +44,7 @@ use crate::tls::ktls;
 use crate::tls::memory::Memory;
 use crate::trust::Trust;
 use enrolling::{Told, enrol_for_ever, hear_of_pods};
+use federated::{federator, follow_federation, neighbours, tell_policies};
 use upgrade::{Order, Phase, take_over, take_place, wait_for_successor};
 
 /// Each connection needs two descriptors, and a pod may well open 28,000.
@@ -83,8 +85,11 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let domain = &config.trust_domain;
     let node = SpiffeId::node(domain, &config.node).context("node")?;
     let trust = Trust::new(bundle(&config)?);
+    let federator = federator(&config, &trust)?;
     let crls = Keeper::load(&config.revocation.crls, Arc::clone(&trust))?;
     let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
+    // Before anybody is judged: the aliases do not change any more.
+    policies.know(neighbours(&trust.snapshot().bundle));
     let (directory, following_directory) = source::open(
         &config.directory,
         domain,
@@ -140,6 +145,11 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
 
     tokio::spawn(following_directory);
     tokio::spawn(crls.follow());
+    tokio::spawn(tell_policies(Arc::clone(&trust), Arc::clone(&policies)));
+    if let Some(federator) = federator {
+        tokio::spawn(follow_federation(Arc::clone(&trust), federator.subscribe()));
+        tokio::spawn(federator.run());
+    }
     tokio::spawn(rotate::keep_bundle(Arc::clone(&trust), rotator.keep()));
     tokio::spawn(following_policies);
     tokio::spawn(rotator.run(wanted(&directory, &config.node)));
@@ -244,12 +254,15 @@ fn use_kernel_tls() {
 }
 
 fn bundle(config: &AgentConfig) -> Result<TrustBundle> {
-    let Some((path, field)) = config.issuer().trust_bundle() else {
-        return Ok(TrustBundle::unknown(config.trust_domain.clone()));
+    let bundle = match config.issuer().trust_bundle() {
+        None => TrustBundle::unknown(config.trust_domain.clone()),
+        Some((path, field)) => {
+            let named = || format!("cannot use the trust bundle {} ({field})", path.display());
+            let pem = std::fs::read(path).with_context(named)?;
+            TrustBundle::from_pem(config.trust_domain.clone(), &pem).with_context(named)?
+        }
     };
-    let named = || format!("cannot use the trust bundle {} ({field})", path.display());
-    let pem = std::fs::read(path).with_context(named)?;
-    TrustBundle::from_pem(config.trust_domain.clone(), &pem).with_context(named)
+    Ok(bundle.with_aliases(config.trust_domain_aliases.as_slice().into()))
 }
 
 /// How the directory reaches the authority.

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::crl::Crls;
+use crate::identity::federation::Federation;
 use crate::identity::revocation::{Revocations, Revoked};
 use crate::identity::svid::{Leaf, X509Svid};
 
@@ -25,8 +26,8 @@ pub struct Snapshot {
     pub epoch: u64,
     /// Grows only when the trust bundle or its revocations change: what must be verified again.
     pub bundle_epoch: u64,
-    /// Grows only when the roots change: connections that rest on the same roots are not dialled again
-    /// for a revocation. Those that it concerns are cut, the others go on.
+    /// Grows only when roots change, ours or another trust domain's: connections that rest on the same
+    /// roots are not dialled again for a revocation. Those that it concerns are cut, the others go on.
     pub roots_epoch: u64,
     /// The roots, and what is revoked.
     pub bundle: Arc<TrustBundle>,
@@ -139,8 +140,13 @@ impl Trust {
         self.change_bundle(|held| {
             let newest = newer(held.revocations(), bundle.revocations());
             taken = bundle.supersedes(held);
-            let roots = if taken { bundle } else { held.clone() };
-            roots.with_revocations(newest).with_crls(Arc::clone(held.crls()))
+            let mut next = if taken { bundle } else { held.clone() };
+            if let (None, Some(federation)) = (next.federation(), held.federation()) {
+                next = next.with_federation(Arc::clone(federation));
+            }
+            next.with_revocations(newest)
+                .with_crls(Arc::clone(held.crls()))
+                .with_aliases(Arc::clone(held.aliases()))
         });
         taken
     }
@@ -157,6 +163,11 @@ impl Trust {
     /// Takes the CRLs of other CAs into use, in place of those before.
     pub fn set_crls(&self, crls: Arc<Crls>) {
         self.change_bundle(|held| held.clone().with_crls(crls));
+    }
+
+    /// Takes the bundles of other trust domains into use, in place of those before.
+    pub fn set_federation(&self, federation: Arc<Federation>) {
+        self.change_bundle(|held| held.clone().with_federation(federation));
     }
 
     /// Resolves when one of these certificates is revoked, at once if it is so already.
@@ -182,7 +193,9 @@ impl Trust {
                 return false;
             }
             next.bundle_epoch += 1;
-            next.roots_epoch += u64::from(next.bundle.roots() != bundle.roots());
+            let same =
+                next.bundle.roots() == bundle.roots() && next.bundle.federation() == bundle.federation();
+            next.roots_epoch += u64::from(!same);
             next.bundle = Arc::new(bundle);
             true
         });
@@ -216,6 +229,7 @@ mod tests {
     use super::*;
     use crate::ca::{Ca, create_root};
     use crate::identity::TrustDomain;
+    use crate::identity::federation::{Admit, Federated};
     use crate::identity::revocation::Subject;
 
     fn bundle() -> TrustBundle {
@@ -274,6 +288,65 @@ mod tests {
         list.revoke(Subject::SpiffeId(leaf("web").id), SystemTime::now()).unwrap();
         trust.set_bundle(bundle().with_generation(1).with_revocations(list.into()));
         assert!(trust.snapshot().revoked(&leaf("web")).is_some(), "its newer revocations hold all the same");
+    }
+
+    fn federation(roots: &TrustBundle) -> Arc<Federation> {
+        let mut federation = Federation::default();
+        let federated = Federated::new(roots.roots().to_vec(), Admit::default()).unwrap();
+        federation.insert(TrustDomain::parse("other.test").unwrap(), federated);
+        Arc::new(federation)
+    }
+
+    #[test]
+    fn other_trust_domains_are_a_part_of_trust_until_somebody_says_otherwise() {
+        let trust = Trust::new(bundle().with_aliases([TrustDomain::parse("old.test").unwrap()].into()));
+        let (first, before) = (federation(&bundle()), trust.snapshot());
+        trust.set_federation(Arc::clone(&first));
+        let known = trust.snapshot();
+        assert!(known.bundle_epoch > before.bundle_epoch && known.roots_epoch > before.roots_epoch);
+        trust.set_federation(Arc::clone(&first));
+        assert_eq!(trust.snapshot().epoch, known.epoch, "the same changes nothing");
+        trust.set_bundle(bundle());
+        let other_roots = trust.snapshot();
+        assert_eq!(other_roots.bundle.federation(), Some(&first), "roots that come alone leave it as it is");
+        assert_eq!(other_roots.bundle.aliases().len(), 1, "aliases are the configuration's");
+        trust.set_bundle(TrustBundle::clone(&other_roots.bundle).with_federation(federation(&bundle())));
+        assert!(trust.snapshot().roots_epoch > other_roots.roots_epoch, "a foreign root was changed");
+        trust.set_bundle(bundle().with_federation(Arc::default()));
+        assert!(trust.snapshot().bundle.federation().unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_came_by_federation_hears_of_its_end_and_of_nothing_else() {
+        let trust = Trust::new(bundle());
+        trust.set_federation(federation(&bundle()));
+        let id = SpiffeId::parse("spiffe://other.test/node/n1").unwrap();
+        let theirs = Leaf { id, node: Some("n1".into()), ..leaf("web") };
+        let leaves = [&theirs];
+        let waiting = trust.until_revoked(&leaves);
+        tokio::pin!(waiting);
+        let mut list = Revocations::default();
+        let node = crate::identity::revocation::NodeName::parse("n1").unwrap();
+        list.revoke(Subject::Node(node), SystemTime::now()).unwrap();
+        trust.set_revocations(list);
+        trust.set_federation(federation(&bundle()));
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut waiting).await;
+        assert!(early.is_err(), "neither our node of that name nor a rotation is theirs: {early:?}");
+        trust.set_federation(Arc::default());
+        let ended = waiting.await;
+        assert!(ended.to_string().contains("the end of federation with other.test"), "{ended}");
+    }
+
+    #[test]
+    fn what_is_revoked_is_so_under_every_name_of_the_trust_domain() {
+        let bundle = bundle().with_aliases([TrustDomain::parse("old.test").unwrap()].into());
+        let bundle = bundle.with_revocations(Arc::new(revoking(&leaf("web"))));
+        let old = |name: &str| {
+            let id = SpiffeId::parse(&format!("spiffe://old.test/ns/a/sa/{name}")).unwrap();
+            Leaf { id, ..leaf(name) }
+        };
+        assert!(bundle.judge(&old("web")).is_some());
+        assert!(bundle.judge(&old("db")).is_none());
     }
 
     #[tokio::test]

@@ -184,6 +184,8 @@ labels! {
         Istio = "istio",
         /// A PKI engine of Vault.
         Vault = "vault",
+        /// A signer of Kubernetes CertificateSigningRequests.
+        Kubernetes = "kubernetes",
         /// Files that somebody else writes.
         Files = "files",
         /// A SPIRE agent.

@@ -178,7 +178,10 @@ proptest! {
         prop_assert_eq!(outcome, Outcome { enforced: read(&enforced), tried: read(&every) });
         // What resumption asks never refuses what a stream would be granted.
         if !outcome.enforced.denies() {
-            prop_assert!(rules.may_reach(&attempt.peer, &attempt.workload));
+            prop_assert!(rules.may_reach(&attempt.peer, &attempt.workload, true));
+        }
+        if matches!(outcome.enforced, Decision::Allowed(Some(_))) {
+            prop_assert!(rules.may_reach(&attempt.peer, &attempt.workload, false));
         }
     }
 

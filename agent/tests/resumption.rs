@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
+use hauberk::identity::TrustDomain;
+use hauberk::identity::federation::{Admit, Federated, Federation};
 use hauberk::issue::keep::tickets;
 use hauberk::tls;
 use hauberk::tls::server::{Judged, Listener};
@@ -63,6 +65,21 @@ async fn refused_after_the_bundle_changed() {
     (world.server.bundle, world.server.epoch) = (roots, 2);
     world.again().await.must_be_full(Unresumed::TrustChanged);
     world.again().await.must_be_resumed();
+}
+
+#[tokio::test]
+async fn refused_after_another_trust_domains_roots_changed() {
+    let mut world = world();
+    world.resume().await;
+    for epoch in 2..4 {
+        let mut federation = Federation::default();
+        let federated = Federated::new(vec![root("theirs").der().clone()], Admit::default()).unwrap();
+        federation.insert(TrustDomain::parse("other.test").unwrap(), federated);
+        let roots = bundle(&[&world.client_root, &world.server_root]).with_federation(Arc::new(federation));
+        (world.server.bundle, world.server.epoch) = (roots, epoch);
+        world.again().await.must_be_full(Unresumed::TrustChanged);
+        world.again().await.must_be_resumed();
+    }
 }
 
 #[tokio::test]

@@ -54,7 +54,7 @@ fn peers_that_cannot_prove_who_they_are() {
     let bundle = siege.ca.bundle();
     let with = |svid: &X509Svid| tls::client::config(svid, bundle, id("server")).unwrap();
 
-    let nobody = tls::client::anonymous(bundle, id("server")).unwrap();
+    let nobody = tls::client::anonymous(bundle, id("server"), tls::ALPN_H2).unwrap();
     assert!(!siege.attack(is_let_in(to, nobody)));
     siege.refused_for("no_client_certificate", 1);
 

@@ -47,6 +47,8 @@ pub struct Options {
     pub svid_seconds: u64,
     /// More lines for the agents' configuration.
     pub agent_yaml: String,
+    /// More lines for the authority's configuration.
+    pub authority_yaml: String,
     /// The agents' log filter.
     pub log: String,
     /// Whether the directory lists the nodes, so that agents speak to each other in node scope.
@@ -67,6 +69,7 @@ impl Default for Options {
             issuer: None,
             svid_seconds: 3600,
             agent_yaml: "drainSeconds: 5\n".into(),
+            authority_yaml: String::new(),
             log: "info,access=warn".into(),
             node_scope: true,
             builds: BTreeMap::new(),

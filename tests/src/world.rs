@@ -519,10 +519,11 @@ impl World {
     pub fn start_authority(&mut self) -> Result<()> {
         let dir = self.dir();
         let config = format!(
-            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\n{}",
+            "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\n{}{}",
             dir.join("authority").display(),
             self.options.svid_seconds,
             self.sources(false),
+            self.options.authority_yaml,
         );
         std::fs::write(dir.join("authority.yaml"), config)?;
         std::fs::write(dir.join("bundle.pem"), self.authority_command(&["bundle"])?)?;

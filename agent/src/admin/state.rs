@@ -12,9 +12,9 @@ use super::Page;
 use crate::capture::Capture;
 use crate::directory::Live;
 use crate::enrol::{self, Standing};
-use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::crl::Listed;
+use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::Policies;
 use crate::rotate;
 use crate::telemetry::Metrics;
@@ -155,6 +155,8 @@ impl State {
             "warning": warning,
             "roots": trust.bundle.roots().len(),
             "rootsGeneration": trust.bundle.generation(),
+            "trustDomainAliases": trust.bundle.aliases().iter().map(TrustDomain::as_str).collect::<Vec<_>>(),
+            "federated": federated(&trust.bundle),
             "revocations": trust.bundle.revocations().entries().len(),
             "crls": trust.bundle.crls().0.len(),
             "crlErrors": crl_errors(&trust.bundle),
@@ -245,6 +247,12 @@ fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, now: SystemTime
 }
 
 /// What is wrong with CRLs, in words.
+/// The other trust domains, with how many roots each has here.
+fn federated(bundle: &TrustBundle) -> serde_json::Map<String, Value> {
+    let all = bundle.federation().into_iter().flat_map(|federation| federation.iter());
+    all.map(|(domain, federated)| (domain.to_string(), federated.roots().len().into())).collect()
+}
+
 fn crl_errors(bundle: &TrustBundle) -> Vec<String> {
     let fault = |listed: &Listed| {
         let why = listed.unknown.as_ref().or(listed.fault.as_ref())?;
@@ -261,7 +269,6 @@ fn unix(time: SystemTime) -> u64 {
 mod tests {
     use super::*;
     use crate::ca::{Ca, ProvenKey, create_root};
-    use crate::identity::TrustDomain;
     use crate::identity::revocation::{Revocations, Subject};
     use crate::issue::Keypair;
 

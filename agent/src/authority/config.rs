@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::config::federation::{FederatedConfig, FederationConfig};
 use crate::config::{ConfigError, DirectoryConfig, PolicyConfig, one, read_yaml, seconds};
 use crate::identity::TrustDomain;
 use crate::identity::revocation::MAX_SVID_LIFETIME;
@@ -36,9 +37,44 @@ pub struct AuthorityConfig {
     pub issuer: Option<SuppliedIssuer>,
     /// When the root is changed without being asked to. Default: never.
     pub root_rotation: Option<RootRotation>,
+    /// Other trust domains, and where they find this one's bundle.
+    #[serde(default)]
+    pub federation: AuthorityFederation,
     /// Where /metrics, /healthz and /readyz are served.
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
+}
+
+/// Other trust domains, and where they find this one's bundle.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct AuthorityFederation {
+    trust_domains: Vec<FederatedConfig>,
+    /// Where this trust domain's own bundle is served. Default: nowhere.
+    pub bundle_endpoint: Option<BundleEndpoint>,
+}
+
+impl AuthorityFederation {
+    /// The other trust domains.
+    pub fn others(&self) -> FederationConfig {
+        FederationConfig { trust_domains: self.trust_domains.clone() }
+    }
+}
+
+/// A SPIFFE bundle endpoint: by the profile `https_spiffe` as the authority itself, or by `https_web` with a
+/// certificate of the Web PKI.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BundleEndpoint {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// With `https_web`: the certificate and those above it (PEM); read again when it changes.
+    pub certificate: Option<PathBuf>,
+    /// Its key (PEM).
+    pub key: Option<PathBuf>,
+    /// How often others are told to look again. Default five minutes, as the specification has it.
+    #[serde(default = "default_refresh", rename = "refreshHintSeconds", deserialize_with = "seconds")]
+    pub refresh_hint: Duration,
 }
 
 /// The files (PEM) of an intermediate CA.
@@ -90,6 +126,17 @@ impl AuthorityConfig {
             let most = MAX_SVID_LIFETIME.as_secs();
             return invalid("svidLifetimeSeconds", format!("must be at most {most} (30 days)"));
         }
+        let checked = config.federation.others().check(&config.trust_domain);
+        checked.map_err(|fault| ConfigError::invalid(path, fault))?;
+        if let Some(endpoint) = &config.federation.bundle_endpoint {
+            if endpoint.certificate.is_some() != endpoint.key.is_some() {
+                let words = "give certificate and key (https_web), or neither (https_spiffe)";
+                return invalid("federation.bundleEndpoint", words.into());
+            }
+            if endpoint.refresh_hint.is_zero() {
+                return invalid("federation.bundleEndpoint.refreshHintSeconds", "must be at least 1".into());
+            }
+        }
         if let Some(schedule) = &config.root_rotation {
             if config.issuer.is_some() {
                 let words = "cannot be with `issuer`: the authority makes no root then; supply the next one and run `hauberk authority rotate-root`";
@@ -114,6 +161,10 @@ impl AuthorityConfig {
 
 fn default_days_left() -> u64 {
     365
+}
+
+fn default_refresh() -> Duration {
+    Duration::from_secs(300)
 }
 
 fn default_listen() -> SocketAddr {
@@ -153,5 +204,16 @@ mod tests {
         assert!(load("rootRotation: {everyDays: 0}").unwrap_err().contains("rootRotation.everyDays"));
         assert!(load("rootRotation: {often: 1}").is_err());
         assert!(load("issuer: {certificate: /c, key: /k}").unwrap_err().contains("root"));
+    }
+
+    #[test]
+    fn a_bundle_endpoint_has_a_whole_certificate_or_the_authority_s_own() {
+        let load =
+            |more: &str| load(&format!("federation: {{bundleEndpoint: {{listen: '127.0.0.1:8443'{more}}}}}"));
+        let endpoint = load("").unwrap().federation.bundle_endpoint.unwrap();
+        assert_eq!(endpoint.refresh_hint, Duration::from_secs(300));
+        load(", certificate: /c, key: /k").unwrap();
+        assert!(load(", certificate: /c").unwrap_err().contains("federation.bundleEndpoint"));
+        assert!(load(", refreshHintSeconds: 0").unwrap_err().contains("refreshHintSeconds"));
     }
 }

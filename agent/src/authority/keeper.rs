@@ -131,7 +131,11 @@ impl Keeper {
         self.bundle.send_if_modified(|held| {
             let changed = (held.generation(), held.roots()) != (bundle.generation(), bundle.roots());
             if changed {
-                *held = Arc::new(bundle.with_revocations(Arc::clone(held.revocations())));
+                let mut next = bundle.with_revocations(Arc::clone(held.revocations()));
+                if let Some(federation) = held.federation() {
+                    next = next.with_federation(Arc::clone(federation));
+                }
+                *held = Arc::new(next);
             }
             changed
         });

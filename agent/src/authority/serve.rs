@@ -165,7 +165,7 @@ impl OwnIdentity {
     }
 }
 
-fn svid(own: &Own, now: SystemTime) -> Result<X509Svid> {
+pub(super) fn svid(own: &Own, now: SystemTime) -> Result<X509Svid> {
     let key = Keypair::generate()?;
     let proven = ProvenKey::from_csr(&key.csr()?)?;
     let id = SpiffeId::authority(own.ca.domain());

@@ -1,15 +1,19 @@
-//! Trust bundle and revocations as messages, and back. What comes back is checked as if a stranger had
+//! Trust bundle, revocations and other trust domains as messages, and back. What comes back is checked as if a stranger had
 //! sent it.
+
+use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
 
 use super::proto;
 use crate::identity::bundle::{BundleError, TrustBundle};
+use crate::identity::federation::{Admit, Federated, Federation, MAX_DOMAINS};
 use crate::identity::revocation::{NodeName, Revocation, RevocationError, Revocations, Serial, Subject};
 use crate::identity::{ParseError, SpiffeId, TrustDomain};
 
-/// The longest message that carries a bundle: its roots, and a full list of revocations.
-pub const MAX_BUNDLE_BYTES: usize = 2 << 20;
+/// The longest message that carries a bundle: its roots, a full list of revocations, and the roots of as many other
+/// trust domains as there may be.
+pub const MAX_BUNDLE_BYTES: usize = 4 << 20;
 
 /// Why a message is not a bundle.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,9 @@ pub enum WireError {
         "a revocation without a subject that this version knows; is the authority newer than this agent?"
     )]
     NoSubject,
+    /// More other trust domains than there may be.
+    #[error("more than {MAX_DOMAINS} federated trust domains")]
+    TooManyDomains,
 }
 
 /// A bundle's roots alone.
@@ -37,15 +44,19 @@ pub fn roots(bundle: &TrustBundle) -> proto::Bundle {
         roots: bundle.roots().iter().map(|root| root.to_vec()).collect(),
         revocations: None,
         generation: bundle.generation(),
+        federation: None,
     }
 }
 
-/// A bundle with its revocations.
+/// A bundle with its revocations and the other trust domains.
 pub fn bundle(bundle: &TrustBundle) -> proto::Bundle {
     let list = bundle.revocations();
     let entries = list.entries().map(entry).collect();
     let revocations = proto::Revocations { generation: list.generation(), entries };
-    proto::Bundle { revocations: Some(revocations), ..roots(bundle) }
+    let federation = bundle.federation().map(|known| proto::Federation {
+        domains: known.iter().map(|(domain, federated)| sent(domain, federated)).collect(),
+    });
+    proto::Bundle { revocations: Some(revocations), federation, ..roots(bundle) }
 }
 
 /// Reads a bundle. One that was sent without revocations comes back with the empty list of generation
@@ -59,7 +70,32 @@ pub fn read(message: proto::Bundle) -> Result<TrustBundle, WireError> {
     let bundle = TrustBundle::new(domain, roots)?.with_generation(message.generation);
     let list = message.revocations.unwrap_or_default();
     let entries: Vec<_> = list.entries.into_iter().map(read_entry).collect::<Result<_, _>>()?;
-    Ok(bundle.with_revocations(Revocations::new(list.generation, entries)?.into()))
+    let bundle = bundle.with_revocations(Revocations::new(list.generation, entries)?.into());
+    match message.federation {
+        Some(federation) => Ok(bundle.with_federation(Arc::new(read_federation(federation)?))),
+        None => Ok(bundle),
+    }
+}
+
+fn sent(domain: &TrustDomain, federated: &Federated) -> proto::Federated {
+    proto::Federated {
+        trust_domain: domain.to_string(),
+        roots: federated.roots().iter().map(|root| root.to_vec()).collect(),
+        admit_all: federated.admit() == Admit::All,
+    }
+}
+
+fn read_federation(message: proto::Federation) -> Result<Federation, WireError> {
+    let mut federation = Federation::default();
+    if message.domains.len() > MAX_DOMAINS {
+        return Err(WireError::TooManyDomains);
+    }
+    for proto::Federated { trust_domain, roots, admit_all } in message.domains {
+        let roots = roots.into_iter().map(CertificateDer::from).collect();
+        let admit = if admit_all { Admit::All } else { Admit::ByPolicy };
+        federation.insert(TrustDomain::parse(&trust_domain)?, Federated::new(roots, admit)?);
+    }
+    Ok(federation)
 }
 
 fn entry(revocation: &Revocation) -> proto::Revocation {
@@ -97,6 +133,7 @@ mod tests {
 
     use super::*;
     use crate::ca::{Ca, create_root};
+    use crate::identity::federation::MAX_ROOT_BYTES;
 
     fn some_bundle() -> TrustBundle {
         let domain = TrustDomain::parse("td.test").unwrap();
@@ -146,7 +183,33 @@ mod tests {
         });
         let full = some_bundle().with_revocations(Revocations::new(u64::MAX, entries).unwrap().into());
         let bytes = bundle(&full).encoded_len();
-        assert!(bytes < MAX_BUNDLE_BYTES - 64 * 1024, "{bytes} bytes leave no room for roots");
+        let others = MAX_DOMAINS * (MAX_ROOT_BYTES + 1024);
+        assert!(bytes + others < MAX_BUNDLE_BYTES - 64 * 1024, "{bytes} bytes leave no room for roots");
+    }
+
+    #[test]
+    fn other_trust_domains_come_as_they_were_sent_and_are_absent_with_the_roots_alone() {
+        let mut federation = Federation::default();
+        for (name, admit) in [("a.test", Admit::All), ("b.test", Admit::ByPolicy)] {
+            let federated = Federated::new(some_bundle().roots().to_vec(), admit).unwrap();
+            federation.insert(TrustDomain::parse(name).unwrap(), federated);
+        }
+        federation.insert(
+            TrustDomain::parse("gone.test").unwrap(),
+            Federated::new(Vec::new(), Admit::All).unwrap(),
+        );
+        let held = some_bundle().with_federation(Arc::new(federation));
+        assert_eq!(read(bundle(&held)).unwrap(), held);
+        assert!(read(roots(&held)).unwrap().federation().is_none());
+        let spoilt = |edit: fn(&mut proto::Federation)| {
+            let mut message = bundle(&held);
+            edit(message.federation.as_mut().unwrap());
+            read(message)
+        };
+        assert!(matches!(spoilt(|f| f.domains[0].trust_domain = "A".into()), Err(WireError::Id(_))));
+        assert!(matches!(spoilt(|f| f.domains[0].roots = vec![vec![0]]), Err(WireError::Bundle(_))));
+        let many = |f: &mut proto::Federation| f.domains = vec![f.domains[0].clone(); MAX_DOMAINS + 1];
+        assert!(matches!(spoilt(many), Err(WireError::TooManyDomains)));
     }
 
     #[test]

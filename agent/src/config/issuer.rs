@@ -18,6 +18,8 @@ pub enum IssuerConfig {
     Istio(IstioConfig),
     /// A PKI engine of Vault or OpenBao.
     Vault(VaultConfig),
+    /// A signer of Kubernetes CertificateSigningRequests.
+    Kubernetes(KubernetesIssuerConfig),
     /// Files that somebody else writes and renews.
     Files(FilesConfig),
     /// A SPIRE agent.
@@ -104,6 +106,24 @@ pub enum VaultAuth {
     },
 }
 
+/// Which signer of CertificateSigningRequests.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KubernetesIssuerConfig {
+    /// `domain/path`, as the approver and the signer know it.
+    pub signer_name: String,
+    /// PEM roots that the signer signs under; read again when the file changes.
+    pub trust_bundle: PathBuf,
+    /// How to reach the API server. Default: as a pod does, with its service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// How long SVIDs shall be valid; as the signer says if left out. API servers before 1.22 do not know it.
+    #[serde(default, rename = "expirationSeconds", deserialize_with = "some_seconds")]
+    pub lifetime: Option<Duration>,
+    /// How long a request waits to be approved and signed before it is given up, and a new one made later.
+    #[serde(default = "minute", rename = "patienceSeconds", deserialize_with = "seconds")]
+    pub patience: Duration,
+}
+
 /// Where SVIDs lie.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -135,6 +155,7 @@ impl IssuerConfig {
             Self::Authority(config) => Some((&config.trust_bundle, "authority.trustBundle")),
             Self::Istio(config) => Some((&config.trust_bundle, "issuer.istio.trustBundle")),
             Self::Vault(config) => Some((&config.trust_bundle, "issuer.vault.trustBundle")),
+            Self::Kubernetes(config) => Some((&config.trust_bundle, "issuer.kubernetes.trustBundle")),
             Self::Files(config) => Some((&config.trust_bundle, "issuer.files.trustBundle")),
             Self::Spire(_) => None,
         }
@@ -152,6 +173,7 @@ impl IssuerConfig {
                 Err(("issuer.istio.lifetimeSeconds", "must be at least 1"))
             }
             Self::Vault(config) => config.validate(),
+            Self::Kubernetes(config) => config.validate(),
             Self::Spire(config) => {
                 let good = |selector: &String| {
                     selector
@@ -170,6 +192,27 @@ impl IssuerConfig {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl KubernetesIssuerConfig {
+    fn validate(&self) -> Result<(), (&'static str, &'static str)> {
+        let named = self.signer_name.split_once('/');
+        if !named.is_some_and(|(domain, path)| domain.contains('.') && !path.is_empty()) {
+            return Err(("issuer.kubernetes.signerName", "must be domain/path, such as example.com/mesh"));
+        }
+        if self.signer_name.starts_with("kubernetes.io/") {
+            let words = "the cluster's own signers sign no SPIFFE IDs; name another one";
+            return Err(("issuer.kubernetes.signerName", words));
+        }
+        // The API server's own bound.
+        if self.lifetime.is_some_and(|lifetime| lifetime < Duration::from_secs(600)) {
+            return Err(("issuer.kubernetes.expirationSeconds", "must be at least 600"));
+        }
+        if self.patience.is_zero() {
+            return Err(("issuer.kubernetes.patienceSeconds", "must be at least 1"));
+        }
+        Ok(())
     }
 }
 
@@ -193,6 +236,10 @@ impl VaultConfig {
             _ => Err((ADDRESS, "must be https; http would show the token to whoever listens")),
         }
     }
+}
+
+fn minute() -> Duration {
+    Duration::from_secs(60)
 }
 
 fn istio_token() -> PathBuf {

@@ -40,7 +40,9 @@ struct WorkloadEntry {
     namespace: String,
     #[serde(default = "default_namespace")]
     service_account: String,
-    node: String,
+    /// Of another trust domain: it runs on no node of ours.
+    trust_domain: Option<TrustDomain>,
+    node: Option<String>,
     addresses: Vec<IpAddr>,
     /// Strict unless a mesh policy says otherwise.
     mode: Option<Mode>,
@@ -116,14 +118,22 @@ fn build(document: Document, domain: &TrustDomain, mesh: &Loaded) -> Result<Dire
                 return Err((at("addresses"), "at most one IPv4 and one IPv6 address".into()));
             }
         }
-        let id = SpiffeId::workload(domain, &entry.namespace, &entry.service_account)
+        let foreign = entry.trust_domain.as_ref().filter(|named| *named != domain);
+        let id = SpiffeId::workload(foreign.unwrap_or(domain), &entry.namespace, &entry.service_account)
             .map_err(|e| (at("namespace, serviceAccount"), e.to_string()))?;
         if entry.name.is_empty() || entry.name.contains('/') || entry.namespace.contains('/') {
             return Err((at("name"), "must not be empty or contain '/'".into()));
         }
-        if entry.node.is_empty() {
-            return Err((at("node"), "must name the node it runs on".into()));
-        }
+        let node = match (foreign, entry.node.as_deref().unwrap_or_default()) {
+            (None, "") => return Err((at("node"), "must name the node it runs on".into())),
+            (None, node) => node.to_owned(),
+            // No node's name: whoever carries its streams is none of our agents.
+            (Some(_), "") => String::new(),
+            (Some(_), _) => {
+                let words = "must not be given: a workload of another trust domain runs on none of our nodes";
+                return Err((at("node"), words.into()));
+            }
+        };
         let key = format!("{}/{}", entry.namespace, entry.name);
         let duplicate = at("name");
         let said = mesh.of(&entry.namespace, &entry.labels);
@@ -131,7 +141,7 @@ fn build(document: Document, domain: &TrustDomain, mesh: &Loaded) -> Result<Dire
             name: entry.name,
             namespace: entry.namespace,
             id,
-            node: entry.node,
+            node,
             addresses,
             mode: entry.mode.or(said.mode).unwrap_or_default(),
             netns: entry.netns.map(NetnsAt::File),
@@ -303,6 +313,23 @@ workloads:
   - {name: a, namespace: shop, serviceAccount: web, node: n1, addresses: [10.1.0.2, 'fd00::2']}
   - {name: b, namespace: shop, serviceAccount: db, node: n2, addresses: [10.2.0.2], mode: permissive}
 ";
+
+    #[test]
+    fn a_workload_of_another_trust_domain_runs_on_no_node_of_ours() {
+        let entry = |more: &str| {
+            parse(&format!(
+                "workloads: [{{name: db, namespace: shop, serviceAccount: db, addresses: [10.9.0.1]{more}}}]"
+            ))
+        };
+        let directory = entry(", trustDomain: other.test").unwrap();
+        let workload = directory.workloads().next().unwrap();
+        assert_eq!(workload.id.as_str(), "spiffe://other.test/ns/shop/sa/db");
+        assert!(directory.node(&workload.node).is_none(), "its streams go to it, by workload scope");
+        assert!(!directory.places(&workload.id, "n1"));
+        assert!(entry(", trustDomain: other.test, node: n1").unwrap_err().contains(").node"));
+        assert!(entry(", trustDomain: td.test").unwrap_err().contains(").node"), "our own needs one");
+        assert!(entry(", trustDomain: td.test, node: n1").is_ok());
+    }
 
     #[test]
     fn a_good_file_resolves_workloads_and_services() {

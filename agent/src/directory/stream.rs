@@ -30,7 +30,6 @@ use super::kubernetes::Connection;
 use super::kubernetes::cluster::Cluster;
 use super::kubernetes::watch::{BATCH, until};
 use super::{Directory, Live, Standing};
-use crate::identity::TrustDomain;
 use crate::mesh_policy::MeshPolicies;
 use mirror::Mirror;
 use proto::directory_client::DirectoryClient;

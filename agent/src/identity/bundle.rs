@@ -1,17 +1,20 @@
-//! A trust bundle: the roots of one trust domain, and what of theirs is revoked.
+//! A trust bundle: the roots of our trust domain, what of theirs is revoked, and whom else it is to know:
+//! other trust domains with roots of their own, and other names of ours.
 //!
 //! All in one value, so that no verifier can be built from roots and forget the revocations.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::TrustDomain;
 use super::crl::Crls;
+use super::federation::{Federation, MAX_ROOT_BYTES, MAX_ROOTS};
 use super::revocation::{Revocations, Revoked};
 use super::svid::Leaf;
+use super::{SpiffeId, TrustDomain};
 
 /// Why roots are not a usable trust bundle.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +25,9 @@ pub enum BundleError {
     /// A bundle without a root would trust nobody.
     #[error("no certificate in it: a trust bundle needs at least one root")]
     Empty,
+    /// More than any trust domain has.
+    #[error("too many roots, or too large: at most {MAX_ROOTS} of {MAX_ROOT_BYTES} bytes together")]
+    TooLarge,
     /// A root that cannot be used as a trust anchor.
     #[error("root {index} is not a usable CA certificate: {source}")]
     Root {
@@ -32,7 +38,8 @@ pub enum BundleError {
     },
 }
 
-/// The roots of one trust domain, and what is revoked. Without roots (see [`TrustBundle::unknown`]) it trusts nobody.
+/// The roots of our trust domain, what is revoked, and whom else it knows. Without roots (see
+/// [`TrustBundle::unknown`]) it trusts nobody.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
     domain: TrustDomain,
@@ -41,6 +48,9 @@ pub struct TrustBundle {
     generation: u64,
     revocations: Arc<Revocations>,
     crls: Arc<Crls>,
+    /// `None`: whoever named the roots does not say.
+    federation: Option<Arc<Federation>>,
+    aliases: Arc<[TrustDomain]>,
 }
 
 impl TrustBundle {
@@ -52,14 +62,22 @@ impl TrustBundle {
         if roots.is_empty() {
             return Err(BundleError::Empty);
         }
-        let bundle = Self { domain, roots, generation: 0, revocations: Arc::default(), crls: Arc::default() };
+        let bundle = Self { roots, ..Self::unknown(domain) };
         bundle.anchors()?;
         Ok(bundle)
     }
 
     /// For an issuer that has not said yet which roots hold: trusts nobody.
     pub fn unknown(domain: TrustDomain) -> Self {
-        Self { domain, roots: Vec::new(), generation: 0, revocations: Arc::default(), crls: Arc::default() }
+        Self {
+            domain,
+            roots: Vec::new(),
+            generation: 0,
+            revocations: Arc::default(),
+            crls: Arc::default(),
+            federation: None,
+            aliases: Arc::default(),
+        }
     }
 
     /// Reads a PEM file's text.
@@ -106,9 +124,60 @@ impl TrustBundle {
         &self.crls
     }
 
-    /// Whether this certificate is revoked: by our authority's list, or by a CRL of its chain's issuers.
+    /// The same with these other trust domains.
+    #[must_use]
+    pub fn with_federation(self, federation: Arc<Federation>) -> Self {
+        Self { federation: Some(federation), ..self }
+    }
+
+    /// The other trust domains; `None` where whoever named the roots does not say.
+    pub fn federation(&self) -> Option<&Arc<Federation>> {
+        self.federation.as_ref()
+    }
+
+    /// The same, where our trust domain has these other names too.
+    #[must_use]
+    pub fn with_aliases(self, aliases: Arc<[TrustDomain]>) -> Self {
+        Self { aliases, ..self }
+    }
+
+    /// Other names of our trust domain.
+    pub fn aliases(&self) -> &Arc<[TrustDomain]> {
+        &self.aliases
+    }
+
+    /// The identity that one is taken for: one of an alias is that of our own trust domain.
+    pub fn canonical<'a>(&self, id: &'a SpiffeId) -> Cow<'a, SpiffeId> {
+        id.under(&self.domain, &self.aliases)
+    }
+
+    /// Whether an identity is of our own trust domain, by whichever name.
+    pub fn is_ours(&self, id: &SpiffeId) -> bool {
+        self.canonical(id).trust_domain() == self.domain.as_str()
+    }
+
+    /// Whether this certificate is refused: by our authority's list, by a CRL of its chain's issuers, or since
+    /// its trust domain is none that is known (any more).
+    ///
+    /// An entry for an identity or a node of ours is about those of an alias too.
     pub fn judge(&self, leaf: &Leaf) -> Option<Revoked> {
-        self.revocations.judge(leaf).or_else(|| self.crls.judge(leaf))
+        let federated = |id: &SpiffeId| self.federation.as_ref().is_some_and(|f| f.knows(id.trust_domain()));
+        let listed = match self.canonical(&leaf.id) {
+            id if id.trust_domain() != self.domain.as_str() => {
+                if !federated(&id) {
+                    let by = format!("the end of federation with {}", id.trust_domain());
+                    let (id, serial) = (leaf.id.clone(), leaf.serial.clone());
+                    return Some(Revoked { id, serial, by, unknown: false });
+                }
+                // Its nodes may have the names of ours.
+                self.revocations.judge(&Leaf { node: None, ..leaf.clone() })
+            }
+            Cow::Borrowed(_) => self.revocations.judge(leaf),
+            Cow::Owned(id) => {
+                self.revocations.judge(leaf).or_else(|| self.revocations.judge(&Leaf { id, ..leaf.clone() }))
+            }
+        };
+        listed.or_else(|| self.crls.judge(leaf))
     }
 
     /// What our authority has revoked.
@@ -131,10 +200,14 @@ impl TrustBundle {
     /// # Errors
     /// When a root cannot serve as a trust anchor; not after [`TrustBundle::new`] accepted it.
     pub fn anchors(&self) -> Result<RootCertStore, BundleError> {
-        let mut store = RootCertStore::empty();
-        for (index, root) in self.roots.iter().enumerate() {
-            store.add(root.clone()).map_err(|source| BundleError::Root { index, source })?;
-        }
-        Ok(store)
+        anchors(&self.roots)
     }
+}
+
+pub(super) fn anchors(roots: &[CertificateDer<'static>]) -> Result<RootCertStore, BundleError> {
+    let mut store = RootCertStore::empty();
+    for (index, root) in roots.iter().enumerate() {
+        store.add(root.clone()).map_err(|source| BundleError::Root { index, source })?;
+    }
+    Ok(store)
 }

@@ -1,6 +1,7 @@
 //! Where tunnels arrive, and what may be asked there: at a pod by its own HBONE peers (workload scope),
 //! at the node by other agents of ours, for all of its pods (node scope).
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use h2::RecvStream;
@@ -23,6 +24,7 @@ use crate::tls;
 use crate::tls::roots::Digest;
 use crate::tls::server::{Listener, Terms};
 use crate::tls::verify::{Expected, Judge, Refused};
+use crate::trust::Snapshot;
 use crate::verdict::Reason;
 
 /// A place where tunnels arrive.
@@ -171,7 +173,7 @@ impl Front {
         let (Self::Node(_), Tunnel::Node(proofs)) = (self, tunnel) else { return None };
         let said = server::identified(request).ok().filter(|said| said.want)?;
         let pod = match server::is_introduction(request) {
-            true => shard.pods.of(said.destination)?,
+            true => shard.pods.of(&called(&shard.trust.snapshot(), said.destination))?,
             false => shard.pods.at(server::parse(request).ok()?.authority.ip())?,
         };
         let trust = shard.trust.snapshot();
@@ -194,7 +196,7 @@ impl Front {
             return Err(refusal(Reason::BadRequest, request));
         };
         let said = server::identified(request).map_err(|reason| refusal(reason, request))?;
-        let pod = shard.pods.of(said.destination);
+        let pod = shard.pods.of(&called(&shard.trust.snapshot(), said.destination));
         let pod = pod.ok_or_else(|| refusal(Reason::NotLocal, request))?;
         introduce(shard, proofs, &pod, request).map(drop)
     }
@@ -255,11 +257,12 @@ fn introduce(
         reason: Reason::BadRequest,
         detail: format!("hauberk-source: {error}"),
     })?;
+    let source = roots.canonical(&source).into_owned();
     let theirs = match said.proof {
         Some(proof) => proofs.learn(proof, &trust, &roots, now)?,
         None => proofs.knows(&source, &trust, &roots, now)?,
     };
-    if theirs.leaf.id != source {
+    if theirs.id != source {
         let detail = format!("the proof is of {}, the stream of {source}", theirs.leaf.id);
         return Err(Refusal { reason: Reason::BadProof, detail });
     }
@@ -271,7 +274,7 @@ fn introduce(
     let id = &pod.workload.id;
     // The peer's directory may be behind: what this destination has proven says nothing of another one
     // that has its address now.
-    if said.destination != id.as_str() {
+    if called(&trust, said.destination) != id.as_str() {
         let detail = format!("the stream is for {}, and at its address is {id}", said.destination);
         return Err(Refusal { reason: Reason::WrongIdentity, detail });
     }
@@ -285,6 +288,16 @@ fn introduce(
         proofs.show(own)?;
     }
     Ok((source, proofs.lease(&theirs, own)))
+}
+
+/// The identity that a peer means: it may call it by an alias of our trust domain.
+fn called<'a>(trust: &Snapshot, said: &'a str) -> Cow<'a, str> {
+    match SpiffeId::parse(said) {
+        Ok(id) if !trust.bundle.aliases().is_empty() => {
+            trust.bundle.canonical(&id).as_str().to_owned().into()
+        }
+        _ => said.into(),
+    }
 }
 
 fn refusal(reason: Reason, request: &Request<RecvStream>) -> Refusal {

@@ -181,7 +181,7 @@ impl About<'_> {
             encryption: Encryption::Mtls,
             reason: relayed.reason,
             detail,
-            policy: denial.map(|denial| &*denial.policy),
+            policy: denial.and_then(|denial| denial.policy.as_deref()),
             source_id: Some(self.source),
             source: Some(self.client),
             destination_id: Some(&self.pod.workload.id),

@@ -87,7 +87,7 @@ impl Line {
         let expected = SpiffeId::authority(now.bundle.domain());
         let config = match svid {
             Some(svid) => tls::client::config(svid, &now.bundle, expected),
-            None => tls::client::anonymous(&now.bundle, expected),
+            None => tls::client::anonymous(&now.bundle, expected, tls::ALPN_H2),
         };
         let config = config.map_err(|e| IssueError::Ours(e.to_string()))?;
         let connector = TlsConnector::from(config);

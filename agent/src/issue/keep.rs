@@ -8,10 +8,12 @@
 pub mod nodes;
 pub mod tickets;
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -23,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Keypair, pem};
 use crate::identity::bundle::TrustBundle;
+use crate::identity::federation::{Admit, Federated, Federation};
 use crate::identity::revocation::Revocations;
 use crate::identity::svid::X509Svid;
 use crate::identity::{SpiffeId, TrustDomain};
@@ -45,6 +48,23 @@ struct KeptRoots {
     generation: u64,
     /// PEM.
     roots: String,
+    /// Other trust domains, as the authority had them.
+    #[serde(default)]
+    federation: Option<BTreeMap<TrustDomain, KeptFederated>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptFederated {
+    admit: Admit,
+    /// PEM.
+    roots: String,
+}
+
+impl KeptFederated {
+    fn read(&self) -> Result<Federated, String> {
+        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(self.roots.as_bytes()).collect();
+        Federated::new(roots.map_err(|e| e.to_string())?, self.admit).map_err(|e| e.to_string())
+    }
 }
 
 impl Keep {
@@ -75,7 +95,13 @@ impl Keep {
                 return Ok(None);
             }
             let bundle = TrustBundle::from_pem(domain.clone(), kept.roots.as_bytes());
-            bundle.map(|bundle| Some(bundle.with_generation(kept.generation))).map_err(|e| e.to_string())
+            let bundle = bundle.map_err(|e| e.to_string())?.with_generation(kept.generation);
+            let Some(domains) = kept.federation else { return Ok(Some(bundle)) };
+            let mut federation = Federation::default();
+            for (domain, federated) in domains {
+                federation.insert(domain, federated.read()?);
+            }
+            Ok(Some(bundle.with_federation(Arc::new(federation))))
         };
         read().unwrap_or_else(|error: String| {
             tracing::warn!(error, file = %self.bundle().display(), "the roots from before the restart cannot be read; those of the configured file hold until the authority says otherwise");
@@ -88,8 +114,16 @@ impl Keep {
     /// # Errors
     /// When the file cannot be written.
     pub fn save_bundle(&self, bundle: &TrustBundle) -> io::Result<()> {
-        let roots = bundle.roots().iter().map(|root| pem("CERTIFICATE", root)).collect();
-        let kept = KeptRoots { configured: self.configured.clone(), generation: bundle.generation(), roots };
+        let text = |roots: &[CertificateDer<'_>]| roots.iter().map(|root| pem("CERTIFICATE", root)).collect();
+        let federated = |(domain, federated): (&TrustDomain, &Federated)| {
+            (domain.clone(), KeptFederated { admit: federated.admit(), roots: text(federated.roots()) })
+        };
+        let kept = KeptRoots {
+            configured: self.configured.clone(),
+            generation: bundle.generation(),
+            roots: text(bundle.roots()),
+            federation: bundle.federation().map(|federation| federation.iter().map(federated).collect()),
+        };
         replace(&self.bundle(), &serde_json::to_vec(&kept)?).map(drop)
     }
 

@@ -25,6 +25,7 @@ use super::grpc::{self, CALL_TIMEOUT};
 use super::{IssueError, Issuer, Obtained};
 use crate::config::issuer::SpireConfig;
 use crate::identity::bundle::TrustBundle;
+use crate::identity::federation::{Admit, Federated, Federation};
 use crate::identity::svid::{Leaf, X509Svid, concatenated};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::tls::provider::provider;
@@ -256,7 +257,24 @@ impl SpireIssuer {
             .get(&format!("spiffe://{}", self.domain))
             .ok_or_else(|| unusable(format!("it has no trust bundle of {}", self.domain)))?;
         let roots = concatenated(der).map_err(|e| unusable(format!("the trust bundle: {e}")))?;
-        TrustBundle::new(self.domain.clone(), roots).map_err(|e| unusable(format!("the trust bundle: {e}")))
+        let own = TrustBundle::new(self.domain.clone(), roots)
+            .map_err(|e| unusable(format!("the trust bundle: {e}")))?;
+        // What its server is federated with, as far as this agent may know.
+        let mut federation = Federation::default();
+        for (name, der) in &message.bundles {
+            match federated(name, der) {
+                Ok((domain, _)) if domain == self.domain => {}
+                Ok((domain, federated)) => federation.insert(domain, federated),
+                // Theirs is no reason to be without our own.
+                Err(error) => tracing::warn!(
+                    issuer = self.name(),
+                    name,
+                    error,
+                    "a federated trust domain whose bundle cannot be used is not trusted"
+                ),
+            }
+        }
+        Ok(own.with_federation(Arc::new(federation)))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SpiffeId, Watch>> {
@@ -289,6 +307,13 @@ impl Issuer for SpireIssuer {
     fn retain(&self, ids: &[SpiffeId]) {
         self.lock().retain(|id, _| ids.contains(id));
     }
+}
+
+fn federated(name: &str, der: &[u8]) -> Result<(TrustDomain, Federated), String> {
+    let domain =
+        TrustDomain::parse(name.strip_prefix("spiffe://").unwrap_or(name)).map_err(|e| e.to_string())?;
+    let roots = concatenated(der).map_err(|e| e.to_string())?;
+    Ok((domain, Federated::new(roots, Admit::default()).map_err(|e| e.to_string())?))
 }
 
 type Opening = BoxFuture<'static, Result<BoxStream<'static, Result<State, Status>>, Status>>;

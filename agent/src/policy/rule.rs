@@ -21,6 +21,8 @@ pub enum Decision {
     Denied(usize),
     /// Allow policies are about the workload, and none matches; the first of them.
     NotAllowed(usize),
+    /// No policy is about it, and the peer needs one: it is of another trust domain.
+    Outsider,
 }
 
 impl Decision {
@@ -34,6 +36,7 @@ impl Decision {
         match self {
             Self::Allowed(by) => by,
             Self::Denied(by) | Self::NotAllowed(by) => Some(by),
+            Self::Outsider => None,
         }
     }
 }
@@ -229,14 +232,16 @@ impl Rules {
 
     /// May `peer` reach the workload at all, on some port and from some address?
     ///
+    /// `unasked`: whether it may where no policy is about the workload.
+    ///
     /// Errs towards yes: a refusal for a range of addresses may not be one for the next connection.
-    pub fn may_reach(&self, peer: &SpiffeId, workload: &Workload) -> bool {
+    pub fn may_reach(&self, peer: &SpiffeId, workload: &Workload, unasked: bool) -> bool {
         let matching = || self.about(workload).flat_map(|set| set.matching(peer));
         let denied = |clause: &Clause| clause.effect == DENY && clause.cidr.is_none();
         if matching().any(|clauses| clauses.any_port.iter().any(denied)) {
             return false;
         }
-        if self.about(workload).all(|set| set.about[ALLOW].is_none()) {
+        if unasked && self.about(workload).all(|set| set.about[ALLOW].is_none()) {
             return true;
         }
         let allows = |list: &[Clause]| list.iter().any(|clause| clause.effect == ALLOW);

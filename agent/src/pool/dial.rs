@@ -206,7 +206,8 @@ impl Dialer {
             return Err(Refusal { error: tls::broken(rustls::Error::NoApplicationProtocol), resumed: false });
         }
         let proofs = key.between_nodes().then(|| {
-            let (client, server) = (key.source.clone(), key.destination.clone());
+            // As it calls itself: under an alias, that is not the name it was dialled by.
+            let (client, server) = (key.source.clone(), settled.leaf.id.clone());
             Proofs::new(Binding { exporter: session.exporter, client, server }, Side::Client)
         });
         let (tunnel, driver) = Tunnel::start(stream, self.config.stream_window).await.map_err(into_io)?;

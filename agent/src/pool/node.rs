@@ -112,7 +112,7 @@ impl Moment<'_> {
         }
         let learnt = self.proofs.learn(proof.as_bytes(), &self.trust, &self.roots, dialer.now());
         let theirs = learnt.map_err(|refusal| self.failure(refusal))?;
-        if theirs.leaf.id != self.parties.destination {
+        if theirs.id != self.parties.destination {
             let detail = format!("{} has proven itself instead", theirs.leaf.id);
             return Err(self.failed(Reason::WrongIdentity, &detail));
         }

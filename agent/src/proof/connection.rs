@@ -125,14 +125,15 @@ impl Proofs {
         })?;
         let verified = Arc::clone(&proven.verified);
         let mut theirs = lock(&self.theirs);
-        if !theirs.contains_key(&verified.leaf.id) {
+        if !theirs.contains_key(&verified.id) {
             room(theirs.len())?;
         }
-        theirs.insert(verified.leaf.id.clone(), Theirs { proven, epoch: trust.bundle_epoch });
+        theirs.insert(verified.id.clone(), Theirs { proven, epoch: trust.bundle_epoch });
         Ok(verified)
     }
 
-    /// The certificate by which the other end has proven an identity. After a change of trust its chain
+    /// The certificate by which the other end has proven an identity, which is called by our own trust domain's
+    /// name. After a change of trust its chain
     /// is judged anew; that the other end holds its key was shown once for this connection.
     ///
     /// # Errors

@@ -33,12 +33,14 @@ pub fn config(svid: &X509Svid, bundle: &TrustBundle, expected: SpiffeId) -> Resu
     Ok(Arc::new(build(Some(svid), PeerVerifier::new(bundle, Some(expected))?)?))
 }
 
-/// Dials as nobody: for a node that has no SVID yet.
+/// Dials as nobody whoever must be `expected`: for a node that has no SVID yet, and for what is public.
 ///
 /// # Errors
 /// When the bundle's roots are unusable.
-pub fn anonymous(bundle: &TrustBundle, expected: SpiffeId) -> Result<Arc<ClientConfig>, Error> {
-    Ok(Arc::new(build(None, PeerVerifier::new(bundle, Some(expected))?)?))
+pub fn anonymous(bundle: &TrustBundle, expected: SpiffeId, alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
+    let mut config = build(None, PeerVerifier::new(bundle, Some(expected))?)?;
+    config.alpn_protocols = vec![alpn.to_vec()];
+    Ok(Arc::new(config))
 }
 
 /// Dials as nobody a server of the common Web PKI's kind, which is verified by its host's name under these PEM
@@ -51,6 +53,14 @@ pub fn named(roots: &[u8], alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
     for root in CertificateDer::pem_slice_iter(roots) {
         store.add(root.map_err(|e| Error::General(format!("not PEM: {e}")))?)?;
     }
+    web(store, alpn)
+}
+
+/// The same under these roots.
+///
+/// # Errors
+/// When there is none.
+pub fn web(store: RootCertStore, alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(store), provider())
         .build()
         .map_err(|e| Error::General(e.to_string()))?;

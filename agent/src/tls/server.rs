@@ -9,10 +9,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, ProducesTickets};
-use rustls::sign::SingleCertAndKey;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
 use rustls::{ConfigBuilder, DistinguishedName, Error, HandshakeKind, ServerConfig, WantsVerifier};
@@ -50,6 +51,36 @@ pub fn config_with_anonymous_clients(
     bundle: &TrustBundle,
 ) -> Result<Arc<ServerConfig>, Error> {
     build(svid, PeerVerifier::with_anonymous_clients(bundle)?)
+}
+
+/// Accepts anybody, without asking who it is: for what is public, over HTTP/1.1.
+///
+/// # Errors
+/// When the crypto provider cannot do what we ask of it, which it can.
+pub fn public(certified: Arc<CertifiedKey>) -> Result<Arc<ServerConfig>, Error> {
+    let identity = Arc::new(SingleCertAndKey::from(certified));
+    let mut config = builder(provider())?.with_no_client_auth().with_cert_resolver(identity);
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(Arc::new(config))
+}
+
+/// A certificate chain and its key (PEM) of the Web PKI.
+///
+/// # Errors
+/// When they are not PEM, or do not belong together.
+pub fn certified(chain: &[u8], key: &[u8]) -> Result<Arc<CertifiedKey>, Error> {
+    let not_pem = |what: &str| Error::General(format!("{what} is not PEM"));
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(chain)
+        .collect::<Result<_, _>>()
+        .map_err(|_| not_pem("the certificate"))?;
+    if chain.is_empty() {
+        return Err(not_pem("the certificate"));
+    }
+    // The reader's words could repeat a part of the key.
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| not_pem("the key"))?;
+    CertifiedKey::from_der(chain, key, &provider()).map(Arc::new)
 }
 
 fn build(svid: &X509Svid, verifier: Arc<PeerVerifier>) -> Result<Arc<ServerConfig>, Error> {

@@ -24,8 +24,8 @@ pub enum Misidentified {
     /// The certificate breaks a rule of the X509-SVID specification.
     #[error("the peer's certificate is not an X.509-SVID")]
     NotAnSvid(#[source] SvidError),
-    /// Another trust domain's identity under our roots.
-    #[error("the peer is {got}, which is not in trust domain {expected}")]
+    /// An identity of a trust domain whose identities are not accepted here.
+    #[error("the peer is {got}, whose trust domain is not {expected}, nor one that may come here")]
     TrustDomain {
         /// Our trust domain.
         expected: TrustDomain,
@@ -71,6 +71,8 @@ pub trait Judge: std::fmt::Debug + Send + Sync {
 /// Who a peer may be.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Expected {
+    /// Anyone of the trust domain, or of one that it is federated with.
+    Anyone,
     /// Anyone of the trust domain.
     Member,
     /// Any node agent of the trust domain.
@@ -79,7 +81,7 @@ pub enum Expected {
     Exactly(SpiffeId),
 }
 
-/// Verifies peers against one trust bundle.
+/// Verifies peers against one trust bundle. An identity of an alias counts as that of our own trust domain.
 #[derive(Debug)]
 pub struct PeerVerifier {
     pub(super) roots: Arc<Roots>,
@@ -131,7 +133,7 @@ impl PeerVerifier {
         usage: Usage,
     ) -> Result<Arc<Verified>, Error> {
         let verified = self.roots.verify(leaf, intermediates, now, usage)?;
-        self.identify(&verified.leaf.id).map_err(|who| refuse(Arc::new(who)))?;
+        self.identify(&verified).map_err(|who| refuse(Arc::new(who)))?;
         if let Some(revoked) = self.roots.revoked(&verified.leaf) {
             // rustls' error for this tells the peer by the right alert, but has no room for words.
             tracing::warn!(%revoked, "a peer presented a revoked certificate");
@@ -143,15 +145,17 @@ impl PeerVerifier {
         Ok(verified)
     }
 
-    fn identify(&self, got: &SpiffeId) -> Result<(), Misidentified> {
-        let domain = self.roots.domain();
-        if got.trust_domain() != domain.as_str() {
-            return Err(Misidentified::TrustDomain { expected: domain.clone(), got: got.clone() });
-        }
+    /// Its trust domain's own roots have spoken for it.
+    fn identify(&self, peer: &Verified) -> Result<(), Misidentified> {
+        let got = peer.leaf.id.clone();
+        let is_ours = self.roots.is_ours(&got);
         match &self.expected {
-            Expected::Node if got.node_name().is_none() => Err(Misidentified::NotANode(got.clone())),
-            Expected::Exactly(expected) if expected != got => {
-                Err(Misidentified::Identity { expected: expected.clone(), got: got.clone() })
+            Expected::Member | Expected::Node if !is_ours => {
+                Err(Misidentified::TrustDomain { expected: self.roots.domain().clone(), got })
+            }
+            Expected::Node if got.node_name().is_none() => Err(Misidentified::NotANode(got)),
+            Expected::Exactly(expected) if *self.roots.canonical(expected) != peer.id => {
+                Err(Misidentified::Identity { expected: expected.clone(), got })
             }
             _ => Ok(()),
         }

@@ -125,7 +125,7 @@ impl Scene {
         let expected = SpiffeId::authority(&domain());
         let config = match svid {
             Some(svid) => tls::client::config(svid, bundle, expected),
-            None => tls::client::anonymous(bundle, expected),
+            None => tls::client::anonymous(bundle, expected, tls::ALPN_H2),
         };
         let (connector, listen) = (TlsConnector::from(config.unwrap()), self.listen);
         let connect = move |_: Uri| {

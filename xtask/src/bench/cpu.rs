@@ -51,7 +51,13 @@ pub(super) fn resident(pid: i32) -> Result<f64> {
             let line = status.lines().find_map(|line| line.strip_prefix(field))?;
             line.trim().split(' ').next()?.parse::<f64>().ok()
         };
-        let field = |field: &str| kib(field).with_context(|| format!("no {field} in its status"));
+        // A child that has just ended, and is not waited for yet, has no memory.
+        if process.pid != pid && kib("RssAnon:").is_none() {
+            continue;
+        }
+        let field = |field: &str| {
+            kib(field).with_context(|| format!("process {} has ended: no {field} in its status", process.pid))
+        };
         own += field("RssAnon:")?;
         shared = shared.max(field("RssFile:")? + field("RssShmem:")?);
     }
