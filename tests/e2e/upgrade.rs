@@ -164,7 +164,7 @@ async fn peers(
         let tcp = TcpStream::connect(to).await.unwrap();
         let name = ServerName::IpAddress(to.ip().into());
         let io = TlsConnector::from(Arc::clone(&config)).connect(name, tcp).await.unwrap();
-        let (send, connection) = h2::client::handshake::<_, bytes::Bytes>(io).await.unwrap();
+        let (send, connection) = h2::client::handshake(io).await.unwrap();
         open.spawn(async move {
             // It has no streams: after the server's GOAWAY nothing keeps it.
             // However the server closes it then.

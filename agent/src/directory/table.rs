@@ -54,7 +54,7 @@ impl<K, V> Table<K, V> {
 
     /// The keys of either that may have other values in the other; some of them twice.
     pub(crate) fn maybe_changed<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a K> {
-        self.differing(before).flat_map(|(now, before)| now.keys().chain(before.keys()))
+        self.differing(before).flat_map(|[now, before]| now.keys().chain(before.keys()))
     }
 
     fn shards(&self) -> impl Iterator<Item = &Arc<Shard<K, V>>> {
@@ -65,10 +65,10 @@ impl<K, V> Table<K, V> {
     fn differing<'a>(
         &'a self,
         other: &'a Self,
-    ) -> impl Iterator<Item = (&'a Arc<Shard<K, V>>, &'a Arc<Shard<K, V>>)> {
+    ) -> impl Iterator<Item = [&'a Arc<Shard<K, V>>; 2]> {
         let groups = self.groups.iter().zip(&other.groups).filter(|(one, other)| !Arc::ptr_eq(one, other));
-        let shards = groups.flat_map(|(one, other)| one.iter().zip(other.iter()));
-        shards.filter(|(one, other)| !Arc::ptr_eq(one, other))
+        let shards = groups.flat_map(|(one, other)| one.iter().zip(other.iter())).map(<[_; 2]>::from);
+        shards.filter(|[one, other]| !Arc::ptr_eq(one, other))
     }
 }
 

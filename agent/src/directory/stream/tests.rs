@@ -8,7 +8,7 @@ use super::history::History;
 use super::proto::Chunk;
 use super::*;
 use crate::directory::{Endpoint, Mode, NetnsAt, Node, Service, Target, Workload};
-use crate::identity::SpiffeId;
+use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh_policy::Exclusions;
 use crate::mesh_policy::document::Exclude;
 
@@ -288,14 +288,14 @@ fn who_is_a_little_behind_is_told_what_differs_and_who_is_far_behind_everything(
     assert!(told[0].anew && told.last().unwrap().last);
     // The authority that comes after it knows nothing of its states.
     let (mut other, _) = self::history(3);
-    let told = other.since(&super::proto::WatchRequest { run: 6, version: 2 });
+    let told = other.since(&proto::WatchRequest { run: 6, version: 2 });
     assert!(told[0].anew);
 }
 
 #[test]
 fn everything_is_made_once_for_all_who_need_it_while_it_is_remembered() {
     let (mut history, mut directory) = history(100);
-    let nobody = super::proto::WatchRequest::default();
+    let nobody = proto::WatchRequest::default();
     let first = history.since(&nobody);
     directory.insert_workload(workload(201, 1, 201, None, 0));
     history.push(Arc::new(directory.clone()));
@@ -346,12 +346,12 @@ fn a_node_is_itself_the_one_who_knows_its_own_pods() {
 
 #[test]
 fn rows_that_cannot_be_are_refused_with_their_name() {
-    let refused = |rows: super::proto::Rows| {
+    let refused = |rows: proto::Rows| {
         let rows = prost::Message::encode_to_vec(&rows).into();
         let chunk = Chunk { run: 1, version: 1, anew: true, last: true, rows, fault: String::new() };
         Mirror::new(domain()).hear(&chunk).unwrap_err().to_string()
     };
-    let good = || super::proto::Workload {
+    let good = || proto::Workload {
         namespace: "shop".into(),
         name: "web".into(),
         spiffe_id: "spiffe://td.test/ns/shop/sa/web".into(),
@@ -359,27 +359,27 @@ fn rows_that_cannot_be_are_refused_with_their_name() {
         addresses: vec![vec![10, 1, 0, 1]],
         ..Default::default()
     };
-    let of = |row: super::proto::Workload| {
-        refused(super::proto::Rows { workloads: vec![row], ..Default::default() })
+    let of = |row: proto::Workload| {
+        refused(proto::Rows { workloads: vec![row], ..Default::default() })
     };
     for (row, field) in [
-        (super::proto::Workload { spiffe_id: "spiffe://other/ns/shop/sa/web".into(), ..good() }, "spiffe_id"),
-        (super::proto::Workload { spiffe_id: "spiffe://td.test/node/n1".into(), ..good() }, "spiffe_id"),
-        (super::proto::Workload { addresses: vec![vec![1, 2, 3]], ..good() }, "address"),
-        (super::proto::Workload { addresses: vec![vec![127, 0, 0, 1]], ..good() }, "address"),
-        (super::proto::Workload { addresses: vec![vec![10, 1, 0, 1]; 17], ..good() }, "addresses"),
-        (super::proto::Workload { mode: 3, ..good() }, "mode"),
-        (super::proto::Workload { node: String::new(), ..good() }, "node"),
+        (proto::Workload { spiffe_id: "spiffe://other/ns/shop/sa/web".into(), ..good() }, "spiffe_id"),
+        (proto::Workload { spiffe_id: "spiffe://td.test/node/n1".into(), ..good() }, "spiffe_id"),
+        (proto::Workload { addresses: vec![vec![1, 2, 3]], ..good() }, "address"),
+        (proto::Workload { addresses: vec![vec![127, 0, 0, 1]], ..good() }, "address"),
+        (proto::Workload { addresses: vec![vec![10, 1, 0, 1]; 17], ..good() }, "addresses"),
+        (proto::Workload { mode: 3, ..good() }, "mode"),
+        (proto::Workload { node: String::new(), ..good() }, "node"),
     ] {
         let error = of(row);
         assert!(error.starts_with(&format!("{field} of workload shop/web: ")), "{error}");
     }
-    let lonely = super::proto::Service {
+    let lonely = proto::Service {
         namespace: "shop".into(),
         name: "web".into(),
-        endpoints: vec![super::proto::Endpoint { address: vec![10, 1, 0, 1], ..Default::default() }],
+        endpoints: vec![proto::Endpoint { address: vec![10, 1, 0, 1], ..Default::default() }],
         ..Default::default()
     };
-    let error = refused(super::proto::Rows { services: vec![lonely], ..Default::default() });
+    let error = refused(proto::Rows { services: vec![lonely], ..Default::default() });
     assert_eq!(error, "endpoints of service shop/web: there is no workload at 10.1.0.1");
 }
