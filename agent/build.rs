@@ -61,9 +61,15 @@ fn path_with_tools() -> Result<std::ffi::OsString, Box<dyn Error>> {
 
 fn build_proto() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    const FILES: [&str; 4] =
-        ["authority.proto", "istio_ca.proto", "spiffe_workload.proto", "spire_delegated_identity.proto"];
+    const FILES: [&str; 5] = [
+        "authority.proto",
+        "directory.proto",
+        "istio_ca.proto",
+        "spiffe_workload.proto",
+        "spire_delegated_identity.proto",
+    ];
     let files = protox::compile(FILES, ["proto"])?;
-    tonic_prost_build::configure().compile_fds(files)?;
+    // Made once, and sent to every agent.
+    tonic_prost_build::configure().bytes(".hauberk.directory.v1.Chunk.rows").compile_fds(files)?;
     Ok(())
 }

@@ -5,20 +5,29 @@
 //! slice of its service twice. Objects are as large as real ones, come as the API server's watch streams
 //! have them, from a process of their own, and go the agent's way from there: parsed, worked into the tables
 //! in batches, and what the kernel has to be told computed from each. Not measured is TLS to the API server.
+//!
+//! Then the same cluster by way of the authority: what it takes there to make each state's chunks, which are the
+//! same for every agent, and an agent, in a process of its own, to take them over. Not measured are gRPC and TLS
+//! between them, which the authority pays for each agent by the bytes that are told here.
 
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::net::{IpAddr, Ipv4Addr};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hauberk::config::Mode;
 use hauberk::directory::Directory;
 use hauberk::directory::kubernetes::cluster::{Cluster, Rules, Update};
+use hauberk::directory::stream::history::History;
+use hauberk::directory::stream::mirror::Mirror;
+use hauberk::directory::stream::proto::{Chunk, WatchRequest};
 use hauberk::identity::TrustDomain;
 use kube::core::WatchEvent;
 use kube::runtime::watcher::Event;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
 use serde::de::DeserializeOwned;
 
 #[global_allocator]
@@ -36,28 +45,139 @@ fn main() {
     if std::env::args().any(|arg| arg == "feed") {
         return feed();
     }
+    if std::env::args().any(|arg| arg == "agent") {
+        return agent(BufReader::new(std::io::stdin().lock()));
+    }
     // `cargo test --benches` runs this without asking for figures.
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
-    let mut feeder = Command::new(std::env::current_exe().expect("this program has a file"))
-        .arg("feed")
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("this program can run twice");
-    measure(BufReader::new(feeder.stdout.take().expect("it is piped")));
-    feeder.wait().expect("it was started");
+    let parts: [fn(BufReader<ChildStdout>); 2] = [measure, tell];
+    for measure in parts {
+        let mut feeder =
+            this_program("feed").stdout(Stdio::piped()).spawn().expect("this program can run twice");
+        measure(BufReader::new(feeder.stdout.take().expect("it is piped")));
+        feeder.wait().expect("it was started");
+    }
+}
+
+fn this_program(part: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program has a file"));
+    command.arg(part);
+    command
+}
+
+fn rules(node: Option<&str>) -> Rules {
+    Rules {
+        domain: TrustDomain::parse("cluster.local").expect("a good name"),
+        node: node.map(str::to_owned),
+        default_mode: Mode::Strict,
+        excluded: ["kube-system".to_owned()].into(),
+    }
+}
+
+/// The authority: takes what the feeder tells, tells an agent, and prints what that cost besides.
+fn tell(lines: BufReader<ChildStdout>) {
+    let mut agent = this_program("agent").stdin(Stdio::piped()).spawn().expect("this program can run twice");
+    let mut told = BufWriter::new(agent.stdin.take().expect("it is piped"));
+    let (mut cluster, mut history) = (Cluster::new(rules(None)), History::new(1));
+    let (mut has, mut due, mut making, mut bytes, mut states) =
+        (WatchRequest::default(), None, Duration::ZERO, 0, 0);
+    let mut began = Instant::now();
+    for line in lines.lines().map(|line| line.expect("the feeder writes lines")) {
+        let is_initial = line.starts_with('=');
+        if !is_initial {
+            cluster.update(parse(&line)).expect("every object is good");
+            if has.version == 0 || !cluster.is_changed() {
+                continue;
+            }
+            let at = *due.get_or_insert_with(|| Instant::now() + BATCH);
+            if Instant::now() < at {
+                continue;
+            }
+        }
+        due = None;
+        let next = Arc::new(cluster.directory());
+        let batch = thread_cpu();
+        history.push(next);
+        let chunks = history.since(&has);
+        has = history.newest();
+        let took = thread_cpu() - batch;
+        let sizes: usize = chunks.iter().map(|chunk| chunk.rows.len()).sum();
+        match is_initial {
+            true => {
+                println!(
+                    "the authority tells everything: {:.1} MiB, made in {took:?}",
+                    sizes as f64 / f64::from(1 << 20)
+                );
+                began = Instant::now();
+            }
+            false => (making, bytes, states) = (making + took, bytes + sizes, states + 1),
+        }
+        for Chunk { version, anew, last, rows, .. } in chunks {
+            let head = [version, u64::from(anew), u64::from(last), rows.len() as u64];
+            head.iter().for_each(|number| told.write_all(&number.to_le_bytes()).expect("the agent reads"));
+            told.write_all(&rows).expect("the agent reads");
+        }
+        told.flush().expect("the agent reads");
+    }
+    let elapsed = began.elapsed().as_secs_f64();
+    println!(
+        "the authority tells changes: {:.0} KiB/s to each agent in {:.1} states a second, making them takes {:.2} % of a core for all agents together, {:.0} MiB at the end",
+        bytes as f64 / 1024.0 / elapsed,
+        f64::from(states) / elapsed,
+        100.0 * making.as_secs_f64() / elapsed,
+        status("VmRSS"),
+    );
+    drop(told);
+    agent.wait().expect("it was started");
+}
+
+/// An agent: takes chunks over, and computes what the kernel has to be told.
+fn agent(mut told: impl Read) {
+    let mut mirror = Mirror::new(rules(None).domain);
+    let (mut published, mut before, mut began) = (Directory::default(), 0, Instant::now());
+    loop {
+        let mut head = [[0; 8]; 4];
+        if head.iter_mut().try_for_each(|number| told.read_exact(number)).is_err() {
+            break;
+        }
+        let [version, anew, last, length] = head.map(u64::from_le_bytes);
+        let mut rows = vec![0; length as usize];
+        told.read_exact(&mut rows).expect("the rows follow");
+        let (anew, last, rows) = (anew == 1, last == 1, rows.into());
+        let chunk = Chunk { run: 1, version, anew, last, rows, fault: String::new() };
+        if mirror.hear(&chunk).expect("good chunks") {
+            let next = mirror.directory().clone();
+            let changes = next.mesh_changes(&published);
+            std::hint::black_box((changes, next.enrolled_on("node-7").count()));
+            published = next;
+            if version == 1 {
+                println!(
+                    "an agent is told everything: {:.0} MiB at its peak, {:.0} MiB then, {:.0} ms of CPU",
+                    status("VmHWM"),
+                    status("VmRSS"),
+                    cpu_micros() as f64 / 1e3
+                );
+                (before, began) = (cpu_micros(), Instant::now());
+            }
+        }
+    }
+    println!(
+        "an agent is told changes: {:.2} % of a core, {:.0} MiB at the end",
+        (cpu_micros() - before) as f64 / 1e4 / began.elapsed().as_secs_f64(),
+        status("VmRSS"),
+    );
+}
+
+/// CPU time of this thread.
+fn thread_cpu() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("one's own clock").into()
 }
 
 /// Takes what the feeder tells, and prints what that cost.
-fn measure(lines: impl BufRead) {
-    let rules = Rules {
-        domain: TrustDomain::parse("cluster.local").expect("a good name"),
-        node: Some("node-7".into()),
-        default_mode: Mode::Strict,
-        excluded: ["kube-system".to_owned()].into(),
-    };
-    let mut cluster = Cluster::new(rules);
+fn measure(lines: BufReader<ChildStdout>) {
+    let mut cluster = Cluster::new(rules(Some("node-7")));
     let (mut published, mut due, mut cpu, mut began) = (Directory::default(), None, 0, Instant::now());
     let (mut pods, mut all, mut slowest, mut mesh) = (0, 0, Duration::ZERO, 0);
     for line in lines.lines().map(|line| line.expect("the feeder writes lines")) {

@@ -9,6 +9,7 @@
 mod clock;
 pub mod config;
 mod counters;
+mod directory;
 mod federation;
 mod istio;
 mod keeper;
@@ -75,7 +76,7 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     let (policies, following_policies) =
         policy::source::open(config.policy.as_ref(), &config.trust_domain).await?;
     let (directory, following_directory) =
-        source::open(&config.directory, &config.trust_domain, None, policies.mesh()).await?;
+        source::open(&config.directory, &config.trust_domain, None, policies.mesh(), None).await?;
     let statuses = keep_statuses(&config, &policies).await?;
     let counters = Arc::new(Counters::new()?);
     let revoked = Arc::new(store.revocations()?);
@@ -115,6 +116,8 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     tasks.spawn(revocations::follow(Arc::clone(&store), bundle.clone(), Arc::clone(&counters)));
     tasks.spawn(keeper.run());
     tasks.spawn(service::tell_of_issued(Arc::clone(&counters)));
+    let telling = directory::Telling::new(bundle.subscribe(), Arc::clone(&counters));
+    tasks.spawn(Arc::clone(&telling).follow(Arc::clone(&directory)));
     let service = Service {
         domain: config.trust_domain,
         ledger: Arc::clone(&ledger),
@@ -127,7 +130,7 @@ pub async fn run(config: AuthorityConfig, stop: CancellationToken) -> Result<()>
     };
     let stopped = stop.clone();
     let served = tokio::select! {
-        served = serve::serve(listener, service, shown, trusted, counters, stop) => served,
+        served = serve::serve(listener, (service, telling), shown, trusted, counters, stop) => served,
         // Agents' streams do not end by themselves.
         () = async { stopped.cancelled().await; tokio::time::sleep(FAREWELL).await } => Ok(()),
     };

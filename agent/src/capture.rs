@@ -55,6 +55,14 @@ pub enum CaptureError {
         /// What the system said.
         source: io::Error,
     },
+    /// The pods are where no program can be.
+    #[error(
+        "this node's pods are in cgroup v1 only ({}), to which no program can be attached: boot the node with cgroup v2 (kernel argument systemd.unified_cgroup_hierarchy=1)", path.display()
+    )]
+    OnlyV1 {
+        /// The directory above them.
+        path: PathBuf,
+    },
     /// The kernel does not take the programs.
     #[error(
         "the kernel refuses {what}: {message} (needs Linux 6.1 or later with BTF, and CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN; `hauberk check` says what is missing)"
@@ -128,7 +136,7 @@ impl Pods {
     pub fn told_by(directory: &DirectoryConfig) -> Self {
         match directory {
             DirectoryConfig::File(_) => Self::Named,
-            DirectoryConfig::Kubernetes(_) => Self::ByCgroup,
+            DirectoryConfig::Kubernetes(_) | DirectoryConfig::Authority(_) => Self::ByCgroup,
         }
     }
 }
@@ -151,6 +159,9 @@ impl Capture {
         exempt: &[IpAddr],
         pods: Pods,
     ) -> Result<Self, CaptureError> {
+        if let Some(path) = mount::only_in_v1(&config.cgroup) {
+            return Err(CaptureError::OnlyV1 { path });
+        }
         let (dir, mut programs, gate) = Self::load(config)?;
         let by_cgroup = pods == Pods::ByCgroup;
         gate.take_up(by_cgroup).map_err(|source| CaptureError::Table { what: "take up the gate", source })?;

@@ -157,6 +157,19 @@ pub enum DirectoryConfig {
     File(PathBuf),
     /// The API server of the cluster.
     Kubernetes(KubernetesConfig),
+    /// The authority, for all but the node's own pods: these come from the API server of the cluster.
+    Authority(KubernetesConfig),
+}
+
+impl DirectoryConfig {
+    /// The cluster whose API server tells at least of the node's own pods, and the field that names it.
+    pub fn cluster(&self) -> Option<(&KubernetesConfig, &'static str)> {
+        match self {
+            Self::File(_) => None,
+            Self::Kubernetes(cluster) => Some((cluster, "directory.kubernetes")),
+            Self::Authority(cluster) => Some((cluster, "directory.authority")),
+        }
+    }
 }
 
 /// Which cluster, and who in it is in the mesh.
@@ -540,9 +553,13 @@ mod tests {
         let defaults = parse("directory: {kubernetes: {}}").unwrap();
         let DirectoryConfig::Kubernetes(cluster) = defaults else { panic!("{defaults:?}") };
         assert_eq!((cluster.default_mode, cluster.kubeconfig), (Mode::Off, None));
+        let told = parse("directory: {authority: {defaultMode: strict}}").unwrap();
+        let DirectoryConfig::Authority(cluster) = told else { panic!("{told:?}") };
+        assert_eq!(cluster.default_mode, Mode::Strict);
         for bad in [
             "directory: {file: /d.yaml, kubernetes: {}}",
             "directory: {}",
+            "directory: {authority: {}, kubernetes: {}}",
             "directory: {kubernetes: {defaultMode: Strict}}",
             "directory: {kubernetes: {kubeconfi: x}}",
         ] {

@@ -6,14 +6,18 @@
 //! - `table`: maps that are cheap to change while others read an earlier state
 //! - `service`: which endpoints of a service a node's workloads may be sent to
 //! - `live`: the newest state, and word of every change
-//! - `file`, `kubernetes`: the sources; `source` is whichever is configured, `standing` how it fares
+//! - `delta`: what differs between two states
+//! - `file`, `kubernetes`, `stream` (the authority's): the sources; `source` is whichever is configured,
+//!   `standing` how it fares
 
+mod delta;
 pub mod file;
 pub mod kubernetes;
 mod live;
 mod service;
 pub mod source;
 mod standing;
+pub mod stream;
 mod table;
 
 use std::collections::HashSet;
@@ -209,6 +213,11 @@ impl Directory {
     /// Whether nothing about nodes differs between the two; may say no though nothing does.
     pub(crate) fn has_same_nodes(&self, other: &Self) -> bool {
         self.nodes.is_same(&other.nodes)
+    }
+
+    /// How many addresses of workloads, addresses of services and nodes there are.
+    fn sizes(&self) -> [usize; 3] {
+        [self.by_address.len(), self.services.len(), self.nodes.len()]
     }
 
     /// Every workload.

@@ -180,6 +180,13 @@ pub fn configured(config: &IssuerConfig, node: SpiffeId, trust: Arc<Trust>) -> A
     }
 }
 
+/// What else than SVIDs the authority is asked for goes over a connection of its own; `None` with another
+/// issuer.
+pub fn line(config: &IssuerConfig, node: SpiffeId, trust: Arc<Trust>) -> Option<Arc<authority::Line>> {
+    let IssuerConfig::Authority(config) = config else { return None };
+    Some(Arc::new(authority::Line::new(config.address.clone(), node, trust)))
+}
+
 /// What has to hold of an SVID before it is used: it is `id`'s and no other's, and valid now as a client's and
 /// as a server's under `bundle`. That its key is ours was checked when it was put together.
 ///

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
+use futures_util::FutureExt;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
@@ -26,7 +27,7 @@ use crate::balance::Balance;
 use crate::capture::{Capture, Pods};
 use crate::config::{AgentConfig, PolicyConfig};
 use crate::crls::Keeper;
-use crate::directory::{Live, source};
+use crate::directory::{Live, source, stream};
 use crate::enrol::{Enroller, Standing};
 use crate::fleet::lease;
 use crate::fleet::reach::Reach;
@@ -91,8 +92,14 @@ async fn serve(config: Arc<AgentConfig>, give_back: fn()) -> Result<()> {
     let (policies, following_policies) = policy::source::open(config.policy.as_ref(), domain).await?;
     // Before anybody is judged: the aliases do not change any more.
     policies.know(neighbours(&trust.snapshot().bundle));
-    let (directory, following_directory) =
-        source::open(&config.directory, domain, Some(&config.node), policies.mesh()).await?;
+    let (directory, following_directory) = source::open(
+        &config.directory,
+        domain,
+        Some(&config.node),
+        policies.mesh(),
+        dial(&config, &node, &trust),
+    )
+    .await?;
     let tunnel_port = config.tunnel.port;
     let told = Pods::told_by(&config.directory);
     let capture = Arc::new(Capture::start(&config.capture, tunnel_port, &config.probes.exempt, told)?);
@@ -258,6 +265,15 @@ fn bundle(config: &AgentConfig) -> Result<TrustBundle> {
         }
     };
     Ok(bundle.with_aliases(config.trust_domain_aliases.as_slice().into()))
+}
+
+/// How the directory reaches the authority.
+fn dial(config: &AgentConfig, node: &SpiffeId, trust: &Arc<Trust>) -> Option<stream::Dial> {
+    let line = issue::line(config.issuer(), node.clone(), Arc::clone(trust))?;
+    Some(Arc::new(move || {
+        let line = Arc::clone(&line);
+        async move { line.attested().await.map_err(|error| error.to_string()) }.boxed()
+    }))
 }
 
 fn shared(

@@ -15,7 +15,11 @@ const WEB: &str = "10.96.0.10:80";
 
 /// An API server, and pods `client` on node 1, `one` and `two` on node 2, all strict by label.
 fn world() -> World {
-    let mut world = World::new(Options::default()).unwrap();
+    world_of(Options::default())
+}
+
+fn world_of(options: Options) -> World {
+    let mut world = World::new(options).unwrap();
     world.add_kubernetes().unwrap();
     world.pod("client", "n1", Mode::Strict).unwrap();
     world.pod("one", "n2", Mode::Strict).unwrap();
@@ -201,4 +205,70 @@ fn a_denial_is_told_with_verb_and_resource_and_ends_when_it_is_lifted() {
     // Nobody's address in the mesh's range is still refused as such.
     let closed = world.get("client").host.actor(&["poke", &world.get("two").v4(8080)]).unwrap();
     assert_reset(&closed, "a port where nothing listens");
+}
+
+/// What the authority counts.
+fn told(world: &World, metric: &str) -> f64 {
+    let (_, page) = world.host("n1").http("127.0.0.1:15014".parse().unwrap(), "/metrics").unwrap();
+    let name = format!("hauberk_authority_directory_{metric} ");
+    page.lines().find_map(|line| line.strip_prefix(&name)).unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_authority_tells_agents_the_directory_and_they_go_on_while_it_is_away() {
+    let mut world = world_of(Options { told_directory: true, ..Options::default() });
+    serve(&mut world, &[("one", 8080), ("two", 9090)]);
+    world.start().unwrap();
+    let _one = world.get("one").host.actor_server(&["whoami", "0.0.0.0:8080"]).unwrap();
+    let _two = world.get("two").host.actor_server(&["whoami", "0.0.0.0:9090"]).unwrap();
+    for (pod, port) in [("one", 8080), ("two", 9090)] {
+        wait_until(SOON, "both endpoints answer at their own ports", || answers(&world, pod, port));
+    }
+    assert_eq!((told(&world, "streams"), told(&world, "told_anew_total")), (2.0, 2.0));
+    slice(&mut world, "one", 8080, json!({"ready": false}));
+    wait_until(SOON, "a change reaches the agents", || (0..10).all(|_| answers(&world, "two", 9090)));
+    assert_eq!(told(&world, "told_anew_total"), 2.0, "only what differs is told");
+
+    world.stop_authority();
+    wait_until(SOON, "the agent says that its directory is stale, and is ready", || {
+        let (status, body) = world.agent_ref("n1").page("/readyz").unwrap();
+        status == 200 && body.contains("directory is stale: the authority does not tell the directory")
+    });
+    assert!(world.agent_ref("n1").metric("hauberk_directory_errors_total", &["unreachable"]).unwrap() >= 1.0);
+    for _ in 0..10 {
+        assert!(answers(&world, "two", 9090), "traffic goes on");
+    }
+    // What nobody can tell now; and a pod of the node's own, which it sees for itself.
+    slice(&mut world, "one", 8080, json!({"ready": true}));
+    slice(&mut world, "two", 9090, json!({"ready": false}));
+    world.pod("late", "n2", Mode::Strict).unwrap();
+    wait_until(SOON, "a node's own new pod is enrolled meanwhile", || {
+        world.agent_ref("n2").log().contains("enrolled workload=\"demo/late\"")
+    });
+    assert!(answers(&world, "two", 9090), "as it was told last");
+
+    world.start_authority().unwrap();
+    wait_until(SOON, "what has changed is told", || (0..10).all(|_| answers(&world, "one", 8080)));
+    wait_until(SOON, "and nothing is stale any more", || {
+        world.agent_ref("n1").page("/readyz").is_ok_and(|(_, body)| body == "ready\n")
+    });
+    let _late = world.get("late").host.actor_server(&["whoami", "0.0.0.0:8080"]).unwrap();
+    let late = world.get("late").v4(8080);
+    wait_until(SOON, "the new pod is reached from the other node", || {
+        let seen = world.get("client").host.actor(&["ask", &late]);
+        seen.is_ok_and(|seen| seen["server"]["local"] == late)
+    });
+
+    // An agent that starts while the authority is away waits for it, and touches nothing.
+    world.stop_authority();
+    world.agent("n2").stop(Duration::from_secs(20)).unwrap();
+    world.agent("n2").start_again().unwrap();
+    wait_until(SOON, "an agent that starts meanwhile says what it waits for", || {
+        world.agent_ref("n2").page("/readyz").is_ok_and(|(status, body)| {
+            status == 503 && body.contains("directory: the authority does not tell the directory")
+        })
+    });
+    world.start_authority().unwrap();
+    world.agent("n2").wait_ready().unwrap();
+    wait_until(SOON, "and traffic goes on", || ask(&world).is_some());
 }

@@ -2,13 +2,24 @@
 //! agent's deadline.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test may stop at the first surprise")]
 
+use std::net::SocketAddr;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant, SystemTime};
 
+use hauberk::ca::{Ca, ProvenKey};
+use hauberk::identity::{SpiffeId, TrustDomain};
+use hauberk::issue::Keypair;
+use hauberk::tls;
 use nix::sys::signal::Signal;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use serde_json::Value;
 use tests::host::bin;
-use tests::{Mode, Options, World};
+use tests::{Host, Mode, Options, World};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
 
 const DRAIN: Duration = Duration::from_secs(15);
 
@@ -128,4 +139,74 @@ fn a_successor_that_comes_to_nothing_changes_nothing() {
     let old = world.agent("n2").upgrade().unwrap();
     old.signal(Signal::SIGTERM);
     assert!(old.wait(Duration::from_secs(20)).unwrap().success());
+}
+
+/// How a peer with the client's own identity comes to the server's tunnel.
+fn dials(world: &World) -> Arc<ClientConfig> {
+    let domain = TrustDomain::parse("test.local").unwrap();
+    let id = |name: &str| SpiffeId::workload(&domain, "demo", name).unwrap();
+    let ca = Ca::from_pem(domain.clone(), &world.root_pem().unwrap()).unwrap();
+    let key = Keypair::generate().unwrap();
+    let proven = ProvenKey::from_csr(&key.csr().unwrap()).unwrap();
+    let chain = ca.issue(&proven, &id("client"), Duration::from_secs(3600), SystemTime::now()).unwrap();
+    tls::client::config(&key.with_chain(chain).unwrap(), ca.bundle(), id("server")).unwrap()
+}
+
+/// Connects so many peers, says so, and waits until each has been asked to leave; when that was.
+async fn peers(
+    count: usize,
+    to: SocketAddr,
+    config: Arc<ClientConfig>,
+    opened: mpsc::Sender<()>,
+) -> Vec<Instant> {
+    let mut open = JoinSet::new();
+    for _ in 0..count {
+        let tcp = TcpStream::connect(to).await.unwrap();
+        let name = ServerName::IpAddress(to.ip().into());
+        let io = TlsConnector::from(Arc::clone(&config)).connect(name, tcp).await.unwrap();
+        let (send, connection) = h2::client::handshake(io).await.unwrap();
+        open.spawn(async move {
+            // It has no streams: after the server's GOAWAY nothing keeps it.
+            // However the server closes it then.
+            let _ = connection.await;
+            drop(send);
+            Instant::now()
+        });
+    }
+    opened.send(()).unwrap();
+    open.join_all().await
+}
+
+#[test]
+fn peers_are_asked_to_leave_one_after_another_where_a_successor_serves() {
+    const PEERS: usize = 60;
+    let mut world = world();
+    let to: SocketAddr = world.get("server").v4(15008).parse().unwrap();
+    let config = dials(&world);
+    let out = Host { name: world.host("out").name.clone(), cgroup: None };
+    let (opened, all_open) = mpsc::channel();
+    let waiting = std::thread::spawn(move || {
+        let run = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let patience = 4 * DRAIN;
+            runtime.block_on(async { tokio::time::timeout(patience, peers(PEERS, to, config, opened)).await })
+        };
+        out.inside(run).unwrap().expect("each peer is asked to leave")
+    });
+    all_open.recv().unwrap();
+    let began = Instant::now();
+    let old = world.agent("n2").upgrade().unwrap();
+    let mut left = waiting.join().unwrap();
+    left.sort();
+    assert!(left[0] > began, "somebody was sent away before there was a successor");
+    // Over a quarter of the drain, in an order of chance.
+    let spread = left[PEERS - 1] - left[0];
+    assert!(spread > DRAIN / 10, "all were asked within {spread:?}");
+    assert!(spread < DRAIN / 2, "some were asked {spread:?} after others");
+    let window = DRAIN / 20;
+    let most =
+        left.iter().map(|at| left.iter().filter(|it| **it >= *at && **it < *at + window).count()).max();
+    assert!(most < Some(PEERS / 2), "{most:?} of {PEERS} were asked within {window:?}");
+    old.signal(Signal::SIGTERM);
+    assert!(old.wait(DRAIN + Duration::from_secs(10)).unwrap().success());
 }

@@ -57,6 +57,8 @@ pub struct Options {
     pub builds: BTreeMap<String, String>,
     /// Access policies that the agents read from [`crate::World::policies_file`]; `None` for no file.
     pub policies: Option<String>,
+    /// Whether the authority tells agents the directory of the world's API server.
+    pub told_directory: bool,
     /// Whether agents and authority read policies from the world's API server.
     pub cluster_policies: bool,
 }
@@ -72,6 +74,7 @@ impl Default for Options {
             node_scope: true,
             builds: BTreeMap::new(),
             policies: None,
+            told_directory: false,
             cluster_policies: false,
         }
     }

@@ -352,11 +352,12 @@ impl World {
         self.pods.get_mut(name).unwrap_or_else(|| panic!("no pod {name}"))
     }
 
-    /// Where agents and authority are told to read the directory from, and policies.
-    fn sources(&self) -> String {
+    /// Where agents, or the authority, are told to read the directory from, and policies.
+    fn sources(&self, of_agents: bool) -> String {
         let kubeconfig = self.cluster.as_ref().map(|cluster| cluster.kubeconfig(kubernetes::AGENT));
+        let kind = if of_agents && self.options.told_directory { "authority" } else { "kubernetes" };
         let mut lines = match &kubeconfig {
-            Some(file) => format!("directory: {{kubernetes: {{kubeconfig: {}}}}}\n", file.display()),
+            Some(file) => format!("directory: {{{kind}: {{kubeconfig: {}}}}}\n", file.display()),
             None => format!("directory: {{file: {}}}\n", self.directory_file().display()),
         };
         if let Some(file) = kubeconfig.filter(|_| self.options.cluster_policies) {
@@ -521,7 +522,7 @@ impl World {
             "trustDomain: {TRUST_DOMAIN}\nlisten: {AUTHORITY}\nstateDir: {}\nsvidLifetimeSeconds: {}\n{}{}",
             dir.join("authority").display(),
             self.options.svid_seconds,
-            self.sources(),
+            self.sources(false),
             self.options.authority_yaml,
         );
         std::fs::write(dir.join("authority.yaml"), config)?;
@@ -593,7 +594,7 @@ impl World {
             self.host(node),
             dir,
             &self.dir().join("bundle.pem"),
-            &self.sources(),
+            &self.sources(true),
             &self.pods_cgroup(node)?,
             &self.options,
         )?;

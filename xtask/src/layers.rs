@@ -29,7 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("rotate", &["identity", "issue", "telemetry", "trust", "verdict"]),
     ("netns", &[]),
-    ("directory", &["config", "document", "identity", "mesh_policy"]),
+    ("directory", &["cidr", "config", "document", "identity", "mesh_policy"]),
     ("passing", &[]),
     ("handover", &["passing"]),
     ("capture", &["cidr", "config", "directory", "handover", "mesh_policy", "netns", "passing"]),

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
-use prometheus::{IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 
 use crate::ca::state::seconds;
 use crate::identity::revocation::Revocations;
@@ -25,6 +25,8 @@ pub(super) struct Counters {
     behind: IntGauge,
     queue: IntGauge,
     queue_nodes: IntGauge,
+    directory_streams: IntGauge,
+    directory_told_anew: IntCounter,
     lately: Mutex<Lately>,
 }
 
@@ -65,6 +67,11 @@ impl Counters {
             registry.register(Box::new(gauge.clone()))?;
             prometheus::Result::Ok(gauge)
         };
+        let told_anew = IntCounter::new(
+            "hauberk_authority_directory_told_anew_total",
+            "How often an agent was told the whole directory, having none or one that is not remembered.",
+        )?;
+        registry.register(Box::new(told_anew.clone()))?;
         Ok(Self {
             issued: vec("hauberk_authority_issued_total", "SVIDs issued, by kind of identity.", "kind")?,
             refused: vec(
@@ -93,9 +100,24 @@ impl Counters {
             )?,
             queue: gauge("hauberk_authority_queue", "Requests that are worked on or wait for it.")?,
             queue_nodes: gauge("hauberk_authority_queue_nodes", "Nodes whose requests those are.")?,
+            directory_streams: gauge(
+                "hauberk_authority_directory_streams",
+                "Agents that are told the directory now.",
+            )?,
+            directory_told_anew: told_anew,
             lately: Mutex::new(Lately { second: 0, counts: [0; RATE_OVER] }),
             registry,
         })
+    }
+
+    /// So many agents more, or fewer, are told the directory.
+    pub(super) fn directory_streams(&self, more: i64) {
+        self.directory_streams.add(more);
+    }
+
+    /// An agent is told the whole directory.
+    pub(super) fn directory_told_anew(&self) {
+        self.directory_told_anew.inc();
     }
 
     /// Counts an SVID.

@@ -22,11 +22,13 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 use super::counters::Counters;
+use super::directory::{self, Telling};
 use super::istio::Istio;
 use super::keeper::Own;
 use super::proto::authority_server::AuthorityServer;
 use super::service::Service;
 use crate::ca::{MAX_CSR_BYTES, ProvenKey};
+use crate::directory::stream::proto::directory_server::DirectoryServer;
 use crate::identity::SpiffeId;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::svid::{Leaf, X509Svid};
@@ -39,6 +41,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_HANDSHAKES: usize = 64;
 /// Requests of one connection at once; how many there are of all is the queue's to bound.
 const MAX_STREAMS: u32 = 256;
+/// The longest request for the directory: two numbers, and room for what later versions say.
+const MAX_ASKED_BYTES: usize = 1024;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The authority's own SVID; it signs it itself, so it can be short.
 pub(super) const OWN_LIFETIME: Duration = Duration::from_secs(3600);
@@ -46,7 +50,7 @@ pub(super) const OWN_LIFETIME: Duration = Duration::from_secs(3600);
 /// Serves until `stop`, then lets open requests finish.
 pub(super) async fn serve(
     listener: TcpListener,
-    service: Service,
+    (service, telling): (Service, Arc<Telling>),
     own: watch::Receiver<Arc<Own>>,
     bundle: watch::Receiver<Arc<TrustBundle>>,
     counters: Arc<Counters>,
@@ -66,6 +70,9 @@ pub(super) async fn serve(
         .http2_max_header_list_size(8 * 1024)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .add_service(service)
+        .add_service(
+            DirectoryServer::new(directory::Server(telling)).max_decoding_message_size(MAX_ASKED_BYTES),
+        )
         .add_service(istio.max_decoding_message_size(2 * MAX_CSR_BYTES))
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
         .await;

@@ -1,4 +1,5 @@
-//! Finds the cgroup v2 hierarchy and a bpffs; mounts the latter where it is missing.
+//! Finds the cgroup v2 hierarchy and a bpffs; mounts the latter where it is missing. Sees when a node's pods are
+//! in cgroup v1 instead.
 
 use std::fs;
 use std::io;
@@ -8,17 +9,42 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use crate::netns::pods::PodCgroups;
+
+/// What this process sees mounted.
+const MOUNTS: &str = "/proc/self/mountinfo";
+
 /// Where cgroup v2 is mounted, as this process sees it.
 pub fn cgroup2() -> io::Result<Option<PathBuf>> {
-    Ok(parse_mountinfo(&fs::read_to_string("/proc/self/mountinfo")?))
+    let text = fs::read_to_string(MOUNTS)?;
+    Ok(mounts(&text, "cgroup2").next())
 }
 
 /// proc_pid_mountinfo(5): after the `-` comes the type; the fifth field is the mount point.
-fn parse_mountinfo(text: &str) -> Option<PathBuf> {
-    text.lines().find_map(|line| {
+fn mounts(text: &str, wanted: &str) -> impl Iterator<Item = PathBuf> {
+    text.lines().filter_map(move |line| {
         let (place, kind) = line.split_once(" - ")?;
-        (kind.split(' ').next()? == "cgroup2").then(|| place.split(' ').nth(4).map(PathBuf::from))?
+        (kind.split(' ').next()? == wanted).then(|| place.split(' ').nth(4).map(PathBuf::from))?
     })
+}
+
+/// Where in cgroup v1 this node's pods are, if none is in cgroup v2: no program can be attached to them then.
+/// Some nodes have both (the hybrid layout), and kubelets that know only v1 use that.
+pub fn only_in_v1(configured: &Path) -> Option<PathBuf> {
+    only_in_v1_of(&fs::read_to_string(MOUNTS).ok()?, configured)
+}
+
+fn only_in_v1_of(text: &str, configured: &Path) -> Option<PathBuf> {
+    let has_pods = |dir: &PathBuf| !PodCgroups::read(dir).is_empty();
+    let v2 = mounts(text, "cgroup2").next();
+    let name = match &v2 {
+        Some(v2) if configured.is_absolute() => configured.strip_prefix(v2).ok()?,
+        _ => configured,
+    };
+    if v2.map(|v2| v2.join(name)).is_some_and(|dir| has_pods(&dir)) {
+        return None;
+    }
+    mounts(text, "cgroup").map(|v1| v1.join(name)).find(has_pods)
 }
 
 /// The configured cgroup's directory: absolute, or below the cgroup v2 mount.
@@ -70,7 +96,35 @@ mod tests {
     fn cgroup_v2_is_found_beside_v1() {
         let text = "31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                     32 30 0:28 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        assert_eq!(parse_mountinfo(text), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(parse_mountinfo("garbage\n - \n"), None);
+        let v2 = |text| mounts(text, "cgroup2").next();
+        assert_eq!(v2(text), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(v2("garbage\n - \n"), None);
+    }
+
+    #[test]
+    fn pods_that_are_in_cgroup_v1_only_are_seen_there() {
+        const UID: &str = "8f1c2d3e-0000-4a5b-9c8d-001122334455";
+        let root = std::env::temp_dir().join(format!("hauberk-hybrid-{}", std::process::id()));
+        let (memory, unified) = (root.join("memory"), root.join("unified"));
+        let text = format!(
+            "30 29 0:26 / {0}/cpu rw - cgroup cgroup rw,cpu\n31 29 0:27 / {0}/memory rw - cgroup cgroup rw,memory\n\
+             32 29 0:28 / {0}/unified rw - cgroup2 cgroup2 rw\n",
+            root.display()
+        );
+        let (relative, absolute) = (Path::new("kubepods"), unified.join("kubepods"));
+        fs::create_dir_all(&absolute).unwrap();
+        assert_eq!(only_in_v1_of(&text, relative), None, "no pods yet");
+        fs::create_dir_all(memory.join(format!("kubepods/burstable/pod{UID}"))).unwrap();
+        for configured in [relative, &absolute] {
+            assert_eq!(only_in_v1_of(&text, configured), Some(memory.join("kubepods")), "hybrid");
+        }
+        let v1_only: String = text.lines().take(2).map(|line| format!("{line}\n")).collect();
+        assert_eq!(only_in_v1_of(&v1_only, relative), Some(memory.join("kubepods")));
+        let elsewhere = Path::new("/elsewhere/kubepods");
+        assert_eq!(only_in_v1_of(&text, elsewhere), None, "not in cgroup v2, so nowhere in v1 either");
+        // In both, as systemd has its own slices.
+        fs::create_dir_all(absolute.join(format!("burstable/pod{UID}"))).unwrap();
+        assert_eq!(only_in_v1_of(&text, relative), None);
+        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -27,26 +27,29 @@ use crate::policy::kubernetes::kept::Kept;
 const LIMIT: Duration = Duration::from_secs(10);
 /// Verb, group, resource, and whether it is needed in the mesh's own namespace only.
 type Right = (&'static str, &'static str, &'static str, bool);
-/// The parts whose rights are checked, by service account, and what each needs.
+/// What both parts read of the cluster.
+const READING: &[Right] = &[
+    ("list", "", "pods", false),
+    ("watch", "", "pods", false),
+    ("list", "", "services", false),
+    ("watch", "", "services", false),
+    ("list", "", "nodes", false),
+    ("watch", "", "nodes", false),
+    ("list", "", "namespaces", false),
+    ("watch", "", "namespaces", false),
+    ("list", "discovery.k8s.io", "endpointslices", false),
+    ("watch", "discovery.k8s.io", "endpointslices", false),
+    ("list", "hauberk.dev", "accesspolicies", false),
+    ("watch", "hauberk.dev", "accesspolicies", false),
+    ("list", "hauberk.dev", "meshpolicies", false),
+    ("watch", "hauberk.dev", "meshpolicies", false),
+];
+/// The parts whose rights are checked, by service account, and what each needs besides [`READING`].
 const NEEDED: [(&str, &[Right]); 2] = [
     (
         "hauberk-agent",
         &[
-            ("list", "", "pods", false),
-            ("watch", "", "pods", false),
-            ("list", "", "services", false),
-            ("watch", "", "services", false),
             ("get", "", "nodes", false),
-            ("list", "", "nodes", false),
-            ("watch", "", "nodes", false),
-            ("list", "", "namespaces", false),
-            ("watch", "", "namespaces", false),
-            ("list", "discovery.k8s.io", "endpointslices", false),
-            ("watch", "discovery.k8s.io", "endpointslices", false),
-            ("list", "hauberk.dev", "accesspolicies", false),
-            ("watch", "hauberk.dev", "accesspolicies", false),
-            ("list", "hauberk.dev", "meshpolicies", false),
-            ("watch", "hauberk.dev", "meshpolicies", false),
             ("create", "coordination.k8s.io", "leases", true),
             ("patch", "coordination.k8s.io", "leases", true),
         ],
@@ -54,20 +57,6 @@ const NEEDED: [(&str, &[Right]); 2] = [
     (
         AUTHORITY,
         &[
-            ("list", "", "pods", false),
-            ("watch", "", "pods", false),
-            ("list", "", "services", false),
-            ("watch", "", "services", false),
-            ("list", "", "nodes", false),
-            ("watch", "", "nodes", false),
-            ("list", "", "namespaces", false),
-            ("watch", "", "namespaces", false),
-            ("list", "discovery.k8s.io", "endpointslices", false),
-            ("watch", "discovery.k8s.io", "endpointslices", false),
-            ("list", "hauberk.dev", "accesspolicies", false),
-            ("watch", "hauberk.dev", "accesspolicies", false),
-            ("list", "hauberk.dev", "meshpolicies", false),
-            ("watch", "hauberk.dev", "meshpolicies", false),
             ("patch", "hauberk.dev", "accesspolicies/status", false),
             ("patch", "hauberk.dev", "meshpolicies/status", false),
             ("list", "coordination.k8s.io", "leases", true),
@@ -186,8 +175,8 @@ async fn policies(client: &Client) -> Result<Policies, String> {
 async fn rights(client: &Client, namespace: &str) -> Result<Vec<String>, String> {
     let reviews: Api<SubjectAccessReview> = Api::all(client.clone());
     let mut missing = Vec::new();
-    for (account, needed) in NEEDED {
-        for (verb, group, resource, own) in needed {
+    for (account, more) in NEEDED {
+        for (verb, group, resource, own) in READING.iter().chain(more) {
             let (resource_name, subresource) =
                 resource.split_once('/').map_or((*resource, None), |(a, b)| (a, Some(b)));
             let asked = ResourceAttributes {

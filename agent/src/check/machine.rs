@@ -92,7 +92,8 @@ fn directory(config: &AgentConfig) -> Found {
     const NAME: &str = "directory";
     let file = match &config.directory {
         DirectoryConfig::File(file) => file,
-        DirectoryConfig::Kubernetes(cluster) => return api_server(config, cluster),
+        DirectoryConfig::Kubernetes(cluster) => return api_server(config, cluster, "directory.kubernetes"),
+        DirectoryConfig::Authority(cluster) => return api_server(config, cluster, "directory.authority"),
     };
     // What is wrong with the policies is told beside this.
     let mesh = match &config.policy {
@@ -117,15 +118,20 @@ fn directory(config: &AgentConfig) -> Found {
     }
 }
 
-fn api_server(config: &AgentConfig, cluster: &KubernetesConfig) -> Found {
+fn api_server(config: &AgentConfig, cluster: &KubernetesConfig, field: &'static str) -> Found {
     const NAME: &str = "API server";
     let asked = ask(async {
-        let connection = kubernetes::Connection::new(cluster, &config.trust_domain, Some(&config.node));
-        kubernetes::probe(&connection.await.map_err(|error| error.to_string())?).await
+        let node = Some(&*config.node);
+        let connection = kubernetes::Connection::new(cluster, field, &config.trust_domain, node).await;
+        let connection = connection.map_err(|error| error.to_string())?;
+        match &config.directory {
+            DirectoryConfig::Authority(_) => kubernetes::probe_pods(&connection).await,
+            _ => kubernetes::probe(&connection).await,
+        }
     });
     match asked {
         Ok(()) => Found::ok(NAME, "answers, and lets this agent read what it needs"),
-        Err(error) => Found::fail(NAME, error, "correct directory.kubernetes, or grant what is missing"),
+        Err(error) => Found::fail(NAME, error, format!("correct {field}, or grant what is missing")),
     }
 }
 
@@ -198,6 +204,13 @@ fn trust_bundle(config: &AgentConfig) -> Found {
 
 fn pods_cgroup(config: &AgentConfig) -> Found {
     const NAME: &str = "pods' cgroup";
+    if let Some(path) = mount::only_in_v1(&config.capture.cgroup) {
+        return Found::fail(
+            NAME,
+            format!("pods are in cgroup v1 only ({})", path.display()),
+            "boot the node with cgroup v2 (kernel argument systemd.unified_cgroup_hierarchy=1)",
+        );
+    }
     match mount::cgroup_dir(&config.capture.cgroup) {
         Ok(path) if path.join("cgroup.procs").exists() => Found::ok(NAME, path.display().to_string()),
         Ok(path) => Found::fail(

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::capture::Capture;
-use crate::config::{AgentConfig, DirectoryConfig, Reachable};
+use crate::config::{AgentConfig, Reachable};
 use crate::directory::kubernetes;
 
 #[derive(Debug, Args)]
@@ -31,9 +31,9 @@ pub(super) struct Guard {
 impl Guard {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let config = AgentConfig::load(&self.config)?;
-        let DirectoryConfig::Kubernetes(cluster) = &config.directory else {
+        let Some((cluster, _)) = config.directory.cluster() else {
             anyhow::bail!(
-                "{}: directory: the guard tells pods by their cgroups, so it needs directory.kubernetes",
+                "{}: directory: the guard tells pods by their cgroups, so it needs directory.kubernetes or directory.authority",
                 self.config.display()
             );
         };

@@ -19,4 +19,4 @@ pub use rows::MODE_LABEL;
 pub(crate) use rows::Name;
 pub use told::Unusable;
 pub(crate) use told::{Heard, Objects};
-pub use watch::{ConnectError, Connection, probe, servers, watch};
+pub use watch::{ConnectError, Connection, probe, probe_pods, servers, watch};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::{Live, Standing, file, kubernetes};
+use super::{Live, Standing, file, kubernetes, stream};
 use crate::config::{ConfigError, DirectoryConfig};
 use crate::identity::TrustDomain;
 use crate::mesh_policy::MeshPolicies;
@@ -18,6 +18,11 @@ pub enum OpenError {
     /// The API server cannot be asked.
     #[error(transparent)]
     Kubernetes(#[from] kubernetes::ConnectError),
+    /// There is no authority to ask.
+    #[error(
+        "directory.authority: only an agent whose SVIDs come from the authority (authority.address) can have its directory from there; use directory.kubernetes or directory.file"
+    )]
+    NoAuthority,
     /// A mistake in our own metrics.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -26,7 +31,7 @@ pub enum OpenError {
 /// What keeps the directory true; runs for ever.
 pub type Following = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Opens the source. A file has been looked at then; a cluster is read by what has to be run. Neither is in
+/// Opens the source; `dial` reaches the authority, if there is one to be asked. A file has been looked at then; a cluster is read by what has to be run. Neither is in
 /// use before the mesh policies have been read.
 ///
 /// # Errors
@@ -36,6 +41,7 @@ pub async fn open(
     domain: &TrustDomain,
     node: Option<&str>,
     mesh: &Arc<MeshPolicies>,
+    dial: Option<stream::Dial>,
 ) -> Result<(Arc<Live>, Following), OpenError> {
     let live = Live::new(Standing::new("directory")?);
     let following: Following = match config {
@@ -47,8 +53,15 @@ pub async fn open(
             Box::pin(file::watch(PathBuf::clone(path), domain.clone(), Arc::clone(mesh), Arc::clone(&live)))
         }
         DirectoryConfig::Kubernetes(config) => {
-            let connection = kubernetes::Connection::new(config, domain, node).await?;
+            let connection =
+                kubernetes::Connection::new(config, "directory.kubernetes", domain, node).await?;
             Box::pin(kubernetes::watch(connection, Arc::clone(mesh), Arc::clone(&live)))
+        }
+        DirectoryConfig::Authority(config) => {
+            let dial = dial.ok_or(OpenError::NoAuthority)?;
+            let connection =
+                kubernetes::Connection::new(config, "directory.authority", domain, node).await?;
+            Box::pin(stream::follow(connection, dial, Arc::clone(mesh), Arc::clone(&live)))
         }
     };
     Ok((live, following))

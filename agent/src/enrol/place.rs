@@ -4,7 +4,7 @@ use std::cell::LazyCell;
 use std::path::{Path, PathBuf};
 
 use super::{Enrolled, Not};
-use crate::capture::mount;
+use crate::capture::{CaptureError, mount};
 use crate::config::CaptureConfig;
 use crate::directory::{NetnsAt, Workload};
 use crate::netns::Netns;
@@ -19,7 +19,13 @@ pub(super) fn cgroups(config: &CaptureConfig) -> Cgroups {
     let configured = config.cgroup.clone();
     LazyCell::new(Box::new(move || {
         let root = mount::cgroup_dir(&configured).map_err(|e| format!("capture.cgroup: {e}"))?;
-        Ok(PodCgroups::read(&root))
+        let pods = PodCgroups::read(&root);
+        if pods.is_empty()
+            && let Some(path) = mount::only_in_v1(&configured)
+        {
+            return Err(CaptureError::OnlyV1 { path }.to_string());
+        }
+        Ok(pods)
     }))
 }
 

@@ -31,15 +31,21 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 /// The authority, as one node asks it.
 #[derive(Debug)]
 pub struct AuthorityIssuer {
-    address: String,
+    line: Line,
     join_token: Option<PathBuf>,
+    bundles: Mutex<Option<Bundles>>,
+}
+
+/// A node's connection to the authority, which is known by its SPIFFE ID.
+#[derive(Debug)]
+pub struct Line {
+    address: String,
     node: SpiffeId,
     trust: Arc<Trust>,
     /// The node's SVIDs as they were held, newest first, and at most two.
     nodes: std::sync::Mutex<Vec<Arc<X509Svid>>>,
-    /// One connection; made anew when the node's SVID or the bundle has changed.
+    /// Made anew when the node's SVID or the bundle has changed.
     channel: Mutex<Option<(Epoch, Channel)>>,
-    bundles: Mutex<Option<Bundles>>,
 }
 
 /// The stream of bundles, and the one back that says which roots are applied.
@@ -54,12 +60,12 @@ struct Bundles {
 /// What a connection was made with: the node SVID's generation (0 without one) and the bundle's epoch.
 type Epoch = (u64, u64);
 
-impl AuthorityIssuer {
-    /// Asks the authority at `address` (`host:port`) on behalf of `node`, whose SVID is taken from
-    /// `trust` once it is there.
-    pub fn new(address: String, join_token: Option<PathBuf>, node: SpiffeId, trust: Arc<Trust>) -> Self {
-        let (nodes, channel, bundles) = (std::sync::Mutex::default(), Mutex::new(None), Mutex::new(None));
-        Self { address, join_token, node, trust, nodes, channel, bundles }
+impl Line {
+    /// To the authority at `address` (`host:port`) from `node`, whose SVID is taken from `trust` once it is
+    /// there.
+    pub fn new(address: String, node: SpiffeId, trust: Arc<Trust>) -> Self {
+        let (nodes, channel) = (std::sync::Mutex::default(), Mutex::new(None));
+        Self { address, node, trust, nodes, channel }
     }
 
     /// What the node shows itself with, if it has something good. Where a clock that was ahead has been set back, the
@@ -75,7 +81,16 @@ impl AuthorityIssuer {
         nodes.iter().take(if has_begun { 1 } else { 2 }).find(|svid| trust.is_good(svid, now)).cloned()
     }
 
-    async fn client(&self) -> Result<AuthorityClient<Channel>, IssueError> {
+    /// A channel, once the node has an SVID to show.
+    ///
+    /// # Errors
+    /// When no TLS configuration can be made.
+    pub async fn attested(&self) -> Result<Channel, IssueError> {
+        self.trust.holding(&[&self.node]).await;
+        self.channel().await
+    }
+
+    async fn channel(&self) -> Result<Channel, IssueError> {
         let now = self.trust.snapshot();
         // Once the authority accepts it no longer, the node attests itself anew.
         let svid = self.own(&now, SystemTime::now());
@@ -84,7 +99,7 @@ impl AuthorityIssuer {
         if let Some((made_with, channel)) = held.as_ref()
             && *made_with == epoch
         {
-            return Ok(self.limited(channel.clone()));
+            return Ok(channel.clone());
         }
         let expected = SpiffeId::authority(now.bundle.domain());
         let config = match svid {
@@ -106,7 +121,19 @@ impl AuthorityIssuer {
             .keep_alive_while_idle(true);
         let channel = endpoint.connect_with_connector_lazy(tower::service_fn(connect));
         *held = Some((epoch, channel.clone()));
-        Ok(self.limited(channel))
+        Ok(channel)
+    }
+}
+
+impl AuthorityIssuer {
+    /// Asks the authority at `address` (`host:port`) on behalf of `node`, whose SVID is taken from
+    /// `trust` once it is there.
+    pub fn new(address: String, join_token: Option<PathBuf>, node: SpiffeId, trust: Arc<Trust>) -> Self {
+        Self { line: Line::new(address, node, trust), join_token, bundles: Mutex::new(None) }
+    }
+
+    async fn client(&self) -> Result<AuthorityClient<Channel>, IssueError> {
+        self.line.channel().await.map(|channel| self.limited(channel))
     }
 
     fn limited(&self, channel: Channel) -> AuthorityClient<Channel> {
@@ -114,15 +141,15 @@ impl AuthorityIssuer {
     }
 
     async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {
-        let now = self.trust.snapshot();
-        let attested = self.own(&now, SystemTime::now()).is_some();
+        let now = self.line.trust.snapshot();
+        let attested = self.line.own(&now, SystemTime::now()).is_some();
         let held_until = now.svids.get(id).map_or(0, |svid| seconds(svid.leaf().not_after));
         let mut client = self.client().await?;
         let answer = if attested {
             let (spiffe_id, csr, generation) = (id.to_string(), csr.to_vec(), now.bundle.generation());
             let request = IssueRequest { spiffe_id, csr, held_until, generation };
             client.issue(request).await
-        } else if *id == self.node {
+        } else if *id == self.line.node {
             let join_token = self.token()?;
             let node = id.node_name().unwrap_or_default().to_owned();
             client.attest(AttestRequest { node, join_token, csr: csr.to_vec() }).await
@@ -150,7 +177,7 @@ impl AuthorityIssuer {
 
     fn bundle(&self, bundle: Bundle) -> Result<TrustBundle, IssueError> {
         let bundle = wire::read(bundle).map_err(|e| self.unusable(&e.to_string()))?;
-        let held = Arc::clone(&self.trust.snapshot().bundle);
+        let held = Arc::clone(&self.line.trust.snapshot().bundle);
         if bundle.domain() != held.domain() {
             return Err(self.unusable(&format!("a bundle of another trust domain, {}", bundle.domain())));
         }
@@ -176,7 +203,7 @@ impl AuthorityIssuer {
 
     /// Opens the stream, and says first which roots are applied here.
     async fn bundles(&self) -> Result<Bundles, IssueError> {
-        let said = self.trust.snapshot().bundle.generation();
+        let said = self.line.trust.snapshot().bundle.generation();
         // One word at a time is enough: only the latest counts, and the authority reads at once.
         let (applied, saying) = mpsc::channel(1);
         let first = Applied { generation: said };
@@ -188,13 +215,13 @@ impl AuthorityIssuer {
 
     async fn bundle_from_stream(&self) -> Result<TrustBundle, IssueError> {
         // The authority speaks to attested nodes only.
-        self.trust.holding(&[&self.node]).await;
+        self.line.trust.holding(&[&self.line.node]).await;
         let mut held = self.bundles.lock().await;
         let bundles = match held.as_mut() {
             Some(bundles) => bundles,
             None => held.insert(self.bundles().await?),
         };
-        match next(bundles, &self.trust).await {
+        match next(bundles, &self.line.trust).await {
             Ok(Some(bundle)) => self.bundle(bundle),
             Ok(None) => {
                 *held = None;
@@ -245,7 +272,7 @@ impl Signer for AuthorityIssuer {
     }
 
     fn name(&self) -> String {
-        format!("the authority at {}", self.address)
+        format!("the authority at {}", self.line.address)
     }
 
     fn sign<'a>(&'a self, id: &'a SpiffeId, csr: &'a [u8]) -> BoxFuture<'a, Result<Issued, IssueError>> {

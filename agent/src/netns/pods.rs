@@ -31,6 +31,11 @@ impl PodCgroups {
         Self(found)
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The kernel's number for the pod's cgroup.
     pub fn id(&self, uid: &str) -> Option<u64> {
         // On 64-bit machines kernfs has one number for both.

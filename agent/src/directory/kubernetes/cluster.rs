@@ -159,6 +159,11 @@ impl Cluster {
             && self.nodes.is_read
     }
 
+    /// Whether pods and namespaces have been told in whole: all that is told of a node's own pods.
+    pub fn has_read_pods(&self) -> bool {
+        self.namespaces.is_read && self.pods.is_read
+    }
+
     /// Whether [`Cluster::directory`] may differ from when it was asked for last.
     pub fn is_changed(&self) -> bool {
         self.is_changed || !self.changed_services.is_empty() || !self.changed_namespaces.is_empty()

@@ -13,6 +13,8 @@ use crate::document;
 
 /// Of labels and annotations that are ours.
 const OUR_PREFIX: &str = "hauberk.dev/";
+/// On the object that a kubelet makes for a static pod: the UID by which it runs the pod.
+pub(super) const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// What the API server calls a kind of objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,7 +266,7 @@ fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D:
     let mut read = Read::deserialize(deserializer)?;
     if let Some(annotations) = &mut read.annotations {
         // Others keep whole documents there.
-        annotations.retain(|key, _| key.starts_with(OUR_PREFIX));
+        annotations.retain(|key, _| key.starts_with(OUR_PREFIX) || key == MIRROR);
     }
     let Read { name, namespace, uid, resource_version, generation, labels, annotations } = read;
     Ok(ObjectMeta {

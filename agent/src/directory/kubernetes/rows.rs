@@ -87,6 +87,17 @@ pub(super) struct PodSeen {
     pub(super) exclude: Exclusions,
 }
 
+/// The UID that names the pod's cgroup. A static pod's is not its object's, but a hash of its manifest, which the
+/// kubelet writes on the object. Whoever may make pods may write that too: it is believed only in the form that
+/// no other pod's UID has, so that it never leads to a pod of the API server's.
+fn uid(meta: &ObjectMeta) -> Option<String> {
+    let mirrored = meta.annotations.as_ref().and_then(|annotations| annotations.get(objects::MIRROR));
+    let is_hash = |text: &&String| {
+        text.len() == 32 && text.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'a'..=b'f'))
+    };
+    mirrored.filter(is_hash).or(meta.uid.as_ref()).cloned()
+}
+
 /// A pod as a workload; `None` when it has no network of its own: in the node's, not placed yet, or ended. Its
 /// addresses may be told later than it starts.
 pub(super) fn workload(
@@ -109,12 +120,13 @@ pub(super) fn workload(
     }
     let Some(node) = pod.spec.node_name else { return Ok(None) };
     let (label, exclude) = (mode(&pod.metadata), exclusions(&pod.metadata));
+    let uid = uid(&pod.metadata);
     let namespace = pod.metadata.namespace.unwrap_or_default();
     let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty());
     let id = SpiffeId::workload(domain, &namespace, account.unwrap_or("default"))
         .map_err(|e| format!("namespace, serviceAccountName: {e}"))?;
     let is_here = own_node == Some(&*node);
-    let netns = pod.metadata.uid.filter(|_| is_here).map(|uid| NetnsAt::PodUid(uid.into()));
+    let netns = uid.filter(|_| is_here).map(|uid| NetnsAt::PodUid(uid.into()));
     let name = pod.metadata.name.unwrap_or_default();
     let workload = Workload {
         name,

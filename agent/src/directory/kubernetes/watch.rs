@@ -110,17 +110,18 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Reads kubeconfig or service account; connects to nothing yet. `node` is the node whose pods are
-    /// enrolled by this process, if any.
+    /// Reads kubeconfig or service account; connects to nothing yet. `field` is whose configuration it is,
+    /// `node` the node whose pods are enrolled by this process, if any.
     ///
     /// # Errors
     /// When there is nothing to read, or it cannot be used.
     pub async fn new(
         config: &KubernetesConfig,
+        field: &'static str,
         domain: &TrustDomain,
         node: Option<&str>,
     ) -> Result<Self, ConnectError> {
-        let (client, own) = client(config.kubeconfig.as_deref(), "directory.kubernetes").await?;
+        let (client, own) = client(config.kubeconfig.as_deref(), field).await?;
         let excluded: HashSet<String> = match &config.excluded_namespaces {
             Some(listed) => listed.iter().cloned().collect(),
             None => own.into_iter().chain([SYSTEM_NAMESPACE.to_owned()]).collect(),
@@ -132,6 +133,18 @@ impl Connection {
             excluded,
         };
         Ok(Self { client, rules })
+    }
+
+    /// What to make of what is told, and what is told of the node's own pods and their namespaces.
+    pub(crate) fn of_own_node(self, standing: &Arc<Standing>) -> (Rules, BoxStream<'static, Update>) {
+        let Self { client, rules } = self;
+        let here = format!("spec.nodeName={}", rules.node.as_deref().unwrap_or_default());
+        let pods = updates_of(&client, Kind::PODS, watcher::Config::default().fields(&here), standing);
+        let told = stream::select(
+            updates(&client, Kind::NAMESPACES, standing, Update::Namespace),
+            pods.map(Update::Pod),
+        );
+        (rules, told.boxed())
     }
 }
 
@@ -170,11 +183,19 @@ fn addresses(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 pub async fn probe(connection: &Connection) -> Result<(), String> {
     let client = &connection.client;
     let slices = slices_kind(client).await.map_err(|e| Fault::new("discover", Kind::SLICES, &e).words)?;
-    one::<Namespace>(client, Kind::NAMESPACES).await?;
     one::<Node>(client, Kind::NODES).await?;
     one::<Service>(client, Kind::SERVICES).await?;
     one::<Slice>(client, slices).await?;
-    one::<Pod>(client, Kind::PODS).await
+    probe_pods(connection).await
+}
+
+/// Asks for one of the objects that an agent reads whose directory is the authority's.
+///
+/// # Errors
+/// As [`probe`].
+pub async fn probe_pods(connection: &Connection) -> Result<(), String> {
+    one::<Namespace>(&connection.client, Kind::NAMESPACES).await?;
+    one::<Pod>(&connection.client, Kind::PODS).await
 }
 
 /// Asks for one object of a kind.
@@ -267,9 +288,21 @@ where
     K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned + Send + 'static,
     U: 'static,
 {
+    updates_of(client, kind, watcher::Config::default(), standing).map(wrap).boxed()
+}
+
+/// The same of some objects of the kind.
+fn updates_of<K>(
+    client: &Client,
+    kind: Kind,
+    which: watcher::Config,
+    standing: &Arc<Standing>,
+) -> impl Stream<Item = watcher::Event<K>> + Send + use<K>
+where
+    K: Resource<DynamicType = Kind> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
     let api: Api<K> = Api::all_with(client.clone(), &kind);
-    let events = watcher(api, watcher::Config::default()).default_backoff();
-    heard(events, kind, Arc::clone(standing)).map(wrap).boxed()
+    heard(watcher(api, which).default_backoff(), kind, Arc::clone(standing))
 }
 
 fn heard<K>(

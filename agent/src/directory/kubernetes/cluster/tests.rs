@@ -273,6 +273,21 @@ fn a_pod_is_a_workload_while_it_has_a_network_of_its_own() {
 }
 
 #[test]
+fn a_static_pod_is_known_by_its_manifests_hash_and_nobody_elses_uid_can_be_claimed() {
+    let uid_of = |mirror: &str| {
+        let annotations = json!({"metadata": {"annotations": {"kubernetes.io/config.mirror": mirror}}});
+        let mut cluster = cluster([pod("a", "10.1.0.1", annotations)]);
+        let directory = cluster.directory();
+        directory.on_node("n1").next().unwrap().netns.clone()
+    };
+    let hash = "0123456789abcdef0123456789abcdef";
+    assert_eq!(uid_of(hash), Some(NetnsAt::PodUid(hash.into())));
+    for claimed in ["8f1c2d3e-0000-4a5b-9c8d-001122334455", "0123456789ABCDEF0123456789ABCDEF", "", "file"] {
+        assert_eq!(uid_of(claimed), Some(NetnsAt::PodUid("uid-a".into())), "{claimed:?}");
+    }
+}
+
+#[test]
 fn an_object_that_cannot_be_used_is_named_and_counts_as_absent() {
     let mut cluster = cluster([pod("a", "10.1.0.1", json!({}))]);
     let (kind, bad) = pod("a", "10.1.0.1", json!({"spec": {"serviceAccountName": "a b"}}));
