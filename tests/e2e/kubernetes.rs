@@ -191,7 +191,7 @@ fn a_denial_is_told_with_verb_and_resource_and_ends_when_it_is_lifted() {
         .host("n1")
         .run(&tests::host::bin("hauberk").unwrap(), &["check", "--config", config.to_str().unwrap()]);
     let said = check.unwrap().stdout;
-    assert!(said.contains("cannot list namespaces: the API server answers 403"), "{said}");
+    assert!(said.contains("cannot list nodes: the API server answers 403"), "{said}");
 
     let (cluster, host) = world.kubernetes();
     cluster.grant(host, true).unwrap();

@@ -85,43 +85,6 @@ fn what_cannot_be_put_back_is_not_ready_and_closed() {
     assert_eq!(poke(world.host("out"), &to)["connect"], "refused");
 }
 
-/// Closes a pod's listeners for its own connections, as `ss --kill` does it: by the kernel.
-fn kill_listeners(pod: &Host) {
-    for port in [":15001", ":15002"] {
-        pod.run("ss", &["-K", "-tln", "sport", "=", port]).unwrap().ok().unwrap();
-    }
-}
-
-#[test]
-fn a_pod_whose_listeners_are_dead_is_not_ready_until_they_are_back() {
-    let mut world = World::usual().unwrap();
-    let (to, own) = (world.get("server").v4(8080), world.get("client").v4);
-    let _echo = world.get("server").host.actor_server(&["echo", "0.0.0.0:8080"]).unwrap();
-    kill_listeners(&world.get("client").host);
-    wait_until(SOON, "listeners inside a pod that were closed are opened anew", || {
-        world.agent_ref("n1").log().contains("its capture is not answered; listening anew")
-    });
-    wait_until(SOON, "and take connections", || poke(&world.get("client").host, &to)["end"] == "data");
-    assert!(repairs(&world, "n1") >= 1.0);
-    world.agent("n1").wait_ready().unwrap();
-
-    // Without its address the pod can be given no others.
-    let pod = &world.get("client").host;
-    pod.ip(&["addr", "del", &format!("{own}/32"), "dev", "eth0"]).unwrap();
-    kill_listeners(pod);
-    wait_until(SOON, "readiness names the pod", || {
-        let (status, body) = world.agent_ref("n1").page("/readyz").unwrap();
-        status == 503 && body.contains("pods-enrolled: demo/client: ")
-    });
-    assert!(world.agent_ref("n1").metric("hauberk_pods_failed", &[]).unwrap() >= 1.0);
-    pod.ip(&["addr", "add", &format!("{own}/32"), "dev", "eth0"]).unwrap();
-    // With the last address of an interface its routes went too.
-    pod.ip(&["route", "replace", "169.254.1.1", "dev", "eth0", "scope", "link"]).unwrap();
-    pod.ip(&["route", "replace", "default", "via", "169.254.1.1", "dev", "eth0"]).unwrap();
-    world.agent("n1").wait_ready().unwrap();
-    assert_eq!(poke(&world.get("client").host, &to)["end"], "data");
-}
-
 #[test]
 fn the_kubelet_is_known_by_its_sockets_and_not_by_its_address() {
     let mut world = World::new(Options::default()).unwrap();

@@ -5,8 +5,19 @@ use clap::Args;
 
 use crate::shell::{command, root, run, step};
 
-const TARGETS: [&str; 11] =
-    ["spiffe_id", "svid", "connect", "bundle", "csr", "crl", "federation", "policy", "ticket", "proof", "directory"];
+const TARGETS: [&str; 11] = [
+    "spiffe_id",
+    "svid",
+    "connect",
+    "bundle",
+    "csr",
+    "crl",
+    "federation",
+    "policy",
+    "ticket",
+    "proof",
+    "directory",
+];
 
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {

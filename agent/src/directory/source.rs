@@ -59,8 +59,7 @@ pub async fn open(
         }
         DirectoryConfig::Authority(config) => {
             let dial = dial.ok_or(OpenError::NoAuthority)?;
-            let connection =
-                kubernetes::Connection::new(config, "directory.authority", domain, node).await?;
+            let connection = kubernetes::Connection::new(config, "directory.authority", domain, node).await?;
             Box::pin(stream::follow(connection, dial, Arc::clone(mesh), Arc::clone(&live)))
         }
     };

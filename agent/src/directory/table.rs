@@ -62,10 +62,7 @@ impl<K, V> Table<K, V> {
     }
 
     /// The shards that the two do not share, each with its counterpart.
-    fn differing<'a>(
-        &'a self,
-        other: &'a Self,
-    ) -> impl Iterator<Item = [&'a Arc<Shard<K, V>>; 2]> {
+    fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = [&'a Arc<Shard<K, V>>; 2]> {
         let groups = self.groups.iter().zip(&other.groups).filter(|(one, other)| !Arc::ptr_eq(one, other));
         let shards = groups.flat_map(|(one, other)| one.iter().zip(other.iter())).map(<[_; 2]>::from);
         shards.filter(|[one, other]| !Arc::ptr_eq(one, other))

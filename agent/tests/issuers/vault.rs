@@ -219,7 +219,8 @@ async fn what_vault_revokes_in_its_crl_is_refused_under_its_intermediate() {
     assert!(why.contains("revocation.crls.issuer"), "an intermediate's list needs its certificate: {why}");
     drop(without);
     let issuer_file = Some(bao.dir.0.join("intermediate.pem"));
-    let keeper = Keeper::load(&[CrlConfig { issuer: issuer_file, ..config }], Arc::clone(&trust), keep()).unwrap();
+    let keeper =
+        Keeper::load(&[CrlConfig { issuer: issuer_file, ..config }], Arc::clone(&trust), keep()).unwrap();
     assert_eq!(trust.snapshot().bundle.crls().0[0].unknown, None);
     let following = tokio::spawn(keeper.follow());
     let svid = trust.svid(&web()).unwrap();

@@ -359,9 +359,7 @@ fn rows_that_cannot_be_are_refused_with_their_name() {
         addresses: vec![vec![10, 1, 0, 1]],
         ..Default::default()
     };
-    let of = |row: proto::Workload| {
-        refused(proto::Rows { workloads: vec![row], ..Default::default() })
-    };
+    let of = |row: proto::Workload| refused(proto::Rows { workloads: vec![row], ..Default::default() });
     for (row, field) in [
         (proto::Workload { spiffe_id: "spiffe://other/ns/shop/sa/web".into(), ..good() }, "spiffe_id"),
         (proto::Workload { spiffe_id: "spiffe://td.test/node/n1".into(), ..good() }, "spiffe_id"),
