@@ -218,7 +218,10 @@ fn visit(dir: &Path, each: &mut impl FnMut(&Path) -> Result<()>) -> Result<()> {
 /// The modules that a file names as `crate::x` outside its tests and comments; grouped uses
 /// (`crate::{x, y}`) too.
 fn edges(text: &str) -> BTreeSet<String> {
-    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    // Some tests lend their helpers to others'.
+    let code = ["#[cfg(test)]\nmod tests", "#[cfg(test)]\npub(crate) mod tests"]
+        .iter()
+        .fold(text, |text, mark| text.split(mark).next().unwrap_or_default());
     let code: String =
         code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
     let mut found = BTreeSet::new();

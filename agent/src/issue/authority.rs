@@ -308,7 +308,7 @@ mod tests {
             trust.insert(key.with_chain(ca.issue(&proven, &id, HOUR, issued).unwrap()).unwrap());
             trust.svid(&id).unwrap().generation()
         };
-        let shown = |at| issuer.own(&trust.snapshot(), at).map(|svid| svid.generation());
+        let shown = |at| issuer.line.own(&trust.snapshot(), at).map(|svid| svid.generation());
         assert_eq!(shown(now), None, "nothing is held");
         let first = take(now);
         assert_eq!(shown(now), Some(first));
