@@ -404,5 +404,6 @@ async fn an_authority_that_was_stopped_knows_exactly_how_long_a_node_counts() {
     assert!((3500..=3662).contains(&exact), "an SVID's life and what clocks may differ by, not {exact} s");
     scene.start().await;
     let _again = scene.join("n1").await;
-    assert!(left(until(&scene)) > 2 * 3500, "and ahead again before anything is signed");
+    // Within the same second the exact time covers the new SVID as well.
+    assert!(left(until(&scene)) > 3500, "the disk knows of what was signed");
 }
