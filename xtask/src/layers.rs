@@ -219,7 +219,7 @@ fn visit(dir: &Path, each: &mut impl FnMut(&Path) -> Result<()>) -> Result<()> {
 /// (`crate::{x, y}`) too.
 fn edges(text: &str) -> BTreeSet<String> {
     // Some tests lend their helpers to others'.
-    let code = ["#[cfg(test)]\nmod tests", "#[cfg(test)]\npub(crate) mod tests"]
+    let code = ["#[cfg(test)]\nmod tests {", "#[cfg(test)]\npub(crate) mod tests {"]
         .iter()
         .fold(text, |text, mark| text.split(mark).next().unwrap_or_default());
     let code: String =
