@@ -26,6 +26,7 @@ pub use csr::{CsrError, MAX_CSR_BYTES, ProvenKey};
 use crate::identity::bundle::{BundleError, TrustBundle};
 use crate::identity::svid::validity;
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::text::hex;
 
 /// Certificates begin this much before they are issued, so that a node whose clock is a little
 /// behind accepts them.
@@ -97,7 +98,7 @@ fn named_root(domain: &TrustDomain, marked: bool, now: SystemTime) -> Result<Str
     let serial = serial()?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "Hauberk");
-    let mark: String = serial.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let mark: String = hex(&serial.as_ref()[..4]);
     let mark = if marked { format!(" {mark}") } else { String::new() };
     params.distinguished_name.push(DnType::CommonName, format!("{domain} root{mark}"));
     // X509-SVID, section 4: a signing certificate may carry the trust domain's own ID.

@@ -45,6 +45,7 @@ macro_rules! generated {
 pub mod cidr;
 pub mod config;
 pub mod document;
+mod text;
 pub mod verdict;
 
 pub mod authority;

@@ -20,6 +20,7 @@ use super::{BACKDATED, Ca, CaError, create_root, create_successor, cross, ends};
 use crate::identity::TrustDomain;
 use crate::identity::bundle::TrustBundle;
 use crate::identity::revocation::{MAX_SVID_LIFETIME, NodeName};
+use crate::text::hex;
 
 /// The form of the document that this version writes and reads.
 const FORMAT: u32 = 1;
@@ -107,8 +108,7 @@ pub fn with_skew(not_after: SystemTime, lifetime: Duration) -> u64 {
 impl RootId {
     /// The name of a certificate.
     pub fn of(root: &CertificateDer<'_>) -> Self {
-        let hash = digest(&SHA256, root);
-        Self(hash.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect::<String>().into())
+        Self(hex(&digest(&SHA256, root).as_ref()[..16]).into())
     }
 
     /// As text.

@@ -13,6 +13,7 @@ use aya::{Ebpf, EbpfLoader};
 use super::sys::{Hook, Link, LinkInfo, Target, program_id};
 use super::{CaptureError, mount};
 use crate::directory::Mode;
+use crate::text::with_causes;
 
 /// The maps that are pinned, so that a restarted agent finds the same contents: all but `CGROUPS`, whose
 /// news are each agent's own.
@@ -263,11 +264,5 @@ fn missing(what: &str) -> CaptureError {
 
 /// With every cause: the verifier's words are in the innermost.
 fn refused(what: &str, error: &dyn std::error::Error) -> CaptureError {
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        message = format!("{message}: {cause}");
-        source = cause.source();
-    }
-    CaptureError::Load { what: what.into(), message }
+    CaptureError::Load { what: what.into(), message: with_causes(&error.to_string(), error) }
 }

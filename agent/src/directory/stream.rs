@@ -28,9 +28,10 @@ use tonic::{Code, Status};
 
 use super::kubernetes::Connection;
 use super::kubernetes::cluster::Cluster;
-use super::kubernetes::watch::{BATCH, until};
+use super::kubernetes::watch::{BATCH, take, until};
 use super::{Directory, Live, Standing};
 use crate::mesh_policy::MeshPolicies;
+use crate::text::with_causes;
 use mirror::Mirror;
 use proto::directory_client::DirectoryClient;
 pub use wire::{MAX_CHUNK_BYTES, WireError};
@@ -64,12 +65,7 @@ pub async fn follow(connection: Connection, dial: Dial, mesh: Arc<MeshPolicies>,
     let (mut due, mut is_told) = (None, false);
     loop {
         tokio::select! {
-            Some(update) = updates.next() => {
-                if let Err(unusable) = own.update(update) {
-                    live.standing().failed("unusable");
-                    tracing::error!(object = unusable.object, why = unusable.why, "an object cannot be used; it counts as absent");
-                }
-            }
+            Some(update) = updates.next() => take(&mut own, update, live.standing()),
             Ok(()) = other_policies.changed() => own.set_mesh(mesh.load()),
             Ok(()) = told.changed() => is_told = true,
             () = until(due) => {
@@ -106,12 +102,7 @@ impl Lost {
             Code::ResourceExhausted => ("busy", ""),
             _ => ("unreachable", ""),
         };
-        let mut why = status.message().to_owned();
-        let mut cause = std::error::Error::source(status);
-        while let Some(error) = cause {
-            why = format!("{why}: {error}");
-            cause = error.source();
-        }
+        let why = with_causes(status.message(), status);
         Self { reason, words: format!("the authority does not tell the directory: {why}{remedy}") }
     }
 }

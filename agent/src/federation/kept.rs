@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::document::Document;
 use crate::identity::TrustDomain;
+use crate::text::hex;
 
 #[derive(Debug)]
 pub(super) struct Kept {
@@ -31,7 +32,7 @@ impl Kept {
         configured: Option<&Vec<CertificateDer<'static>>>,
     ) -> Self {
         let all: Vec<u8> = configured.into_iter().flatten().flat_map(|root| root.iter().copied()).collect();
-        let configured = digest(&SHA256, &all).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        let configured = hex(digest(&SHA256, &all).as_ref());
         // A trust domain's name has no '/', and is not `..` with this ending.
         Self { path: dir.join(format!("{domain}.json")), configured }
     }

@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 
 use super::IssueError;
 use crate::config::read_text;
+use crate::text::with_causes;
 use crate::tls;
 
 /// TCP and TLS together.
@@ -59,7 +60,7 @@ pub(super) async fn connect(
 pub(super) fn failed(issuer: String, status: &Status, hint: &str) -> IssueError {
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
-            IssueError::Unreachable { issuer, detail: with_causes(status) }
+            IssueError::Unreachable { issuer, detail: with_causes(status.message(), status) }
         }
         _ => {
             let retry_after = status
@@ -71,17 +72,6 @@ pub(super) fn failed(issuer: String, status: &Status, hint: &str) -> IssueError 
             IssueError::Refused { issuer, detail, retry_after }
         }
     }
-}
-
-/// A status's message and what caused it: the innermost cause is the one that helps.
-fn with_causes(status: &Status) -> String {
-    let mut text = status.message().to_owned();
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ use crate::identity::federation::{Admit, Federated, Federation};
 use crate::identity::revocation::Revocations;
 use crate::identity::svid::X509Svid;
 use crate::identity::{SpiffeId, TrustDomain};
+use crate::text::hex;
 
 /// `RAMFS_MAGIC`, include/uapi/linux/magic.h.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -84,8 +85,7 @@ impl Keep {
     #[must_use]
     pub fn configured_with(self, bundle: &TrustBundle) -> Self {
         let all: Vec<u8> = bundle.roots().iter().flat_map(|root| root.iter().copied()).collect();
-        let hex = digest(&SHA256, &all).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-        Self { configured: hex, ..self }
+        Self { configured: hex(digest(&SHA256, &all).as_ref()), ..self }
     }
 
     /// The authority's roots that were kept, if there are any for this configuration.

@@ -235,12 +235,7 @@ pub async fn watch(connection: Connection, mesh: Arc<MeshPolicies>, live: Arc<Li
     let mut due: Option<Instant> = None;
     loop {
         tokio::select! {
-            Some(update) = updates.next() => {
-                if let Err(unusable) = cluster.update(update) {
-                    live.standing().failed("unusable");
-                    tracing::error!(object = unusable.object, why = unusable.why, "an object cannot be used; it counts as absent");
-                }
-            }
+            Some(update) = updates.next() => take(&mut cluster, update, live.standing()),
             Ok(()) = other_policies.changed() => cluster.set_mesh(mesh.load()),
             () = until(due) => {
                 due = None;
@@ -257,6 +252,18 @@ pub async fn watch(connection: Connection, mesh: Arc<MeshPolicies>, live: Arc<Li
         if due.is_none() && cluster.is_read() && (cluster.is_changed() || !live.is_read()) {
             due = Some(Instant::now() + BATCH);
         }
+    }
+}
+
+/// Takes what was told of an object; one that cannot be used is said.
+pub(crate) fn take(cluster: &mut Cluster, update: Update, standing: &Standing) {
+    if let Err(unusable) = cluster.update(update) {
+        standing.failed("unusable");
+        tracing::error!(
+            object = unusable.object,
+            why = unusable.why,
+            "an object cannot be used; it counts as absent"
+        );
     }
 }
 

@@ -15,6 +15,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 
 use super::replace;
 use crate::identity::svid::pem;
+use crate::text::hex;
 
 /// A list as it was when it was good.
 #[derive(Debug)]
@@ -38,8 +39,7 @@ impl CrlKeep {
     /// Where the list of `file` is kept. A list that leaves the configuration and comes back is remembered.
     pub fn path(&self, file: &Path) -> PathBuf {
         let name = digest(&SHA256, file.as_os_str().as_bytes());
-        let hex: String = name.as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        self.0.join(format!("crl-{hex}.pem"))
+        self.0.join(format!("crl-{}.pem", hex(&name.as_ref()[..8])))
     }
 
     /// The list of `file` that was kept, if there is one.

@@ -15,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{in_memory, replace};
+use crate::text::hex;
 use crate::tls::ticket::{Generation, Journal, LIFETIME_SECONDS, Name, Serial, TicketKeys, fleeting};
 
 /// The form of the file: a successor of another form begins anew.
@@ -144,15 +145,6 @@ fn parse(text: &str) -> Option<Vec<Generation>> {
         }
     }
     Some(generations)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        // Writing into a String does not fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {

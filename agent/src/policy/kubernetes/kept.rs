@@ -5,7 +5,6 @@
 //! means nobody is allowed (or, of a deny policy, everybody is denied); a mesh policy keeps its mode, which is
 //! strict where it cannot be read, and excludes nothing.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -21,6 +20,7 @@ use crate::identity::TrustDomain;
 use crate::mesh_policy::document::{self as mesh, MeshPolicy};
 use crate::policy::document::{self as access, AccessPolicy, Action, Documents, Peer};
 use crate::policy::rule::Rules;
+use crate::text::hex;
 
 /// What is known of an object.
 #[derive(Clone, Debug)]
@@ -93,12 +93,7 @@ impl Kept {
             (lines(Kind::ACCESS_POLICIES, &self.access), lines(Kind::MESH_POLICIES, &self.mesh));
         let mut lines: Vec<String> = access.chain(mesh).collect();
         lines.sort_unstable();
-        let mut text = String::new();
-        for byte in &digest(&SHA256, lines.concat().as_bytes()).as_ref()[..16] {
-            // A string takes whatever is written.
-            let _ = write!(text, "{byte:02x}");
-        }
-        text
+        hex(&digest(&SHA256, lines.concat().as_bytes()).as_ref()[..16])
     }
 }
 
