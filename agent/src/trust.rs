@@ -146,13 +146,8 @@ impl Trust {
         self.change_bundle(|held| {
             let newest = newer(held.revocations(), bundle.revocations());
             taken = bundle.supersedes(held);
-            let mut next = if taken { bundle } else { held.clone() };
-            if let (None, Some(federation)) = (next.federation(), held.federation()) {
-                next = next.with_federation(Arc::clone(federation));
-            }
+            let next = if taken { bundle.in_place_of(held) } else { held.clone() };
             next.with_revocations(newest)
-                .with_crls(Arc::clone(held.crls()))
-                .with_aliases(Arc::clone(held.aliases()))
         });
         taken
     }

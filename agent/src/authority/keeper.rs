@@ -134,11 +134,7 @@ impl Keeper {
         self.bundle.send_if_modified(|held| {
             let changed = (held.generation(), held.roots()) != (bundle.generation(), bundle.roots());
             if changed {
-                let mut next = bundle.with_revocations(Arc::clone(held.revocations()));
-                if let Some(federation) = held.federation() {
-                    next = next.with_federation(Arc::clone(federation));
-                }
-                *held = Arc::new(next);
+                *held = Arc::new(bundle.in_place_of(held));
             }
             changed
         });

@@ -130,6 +130,19 @@ impl TrustBundle {
         Self { federation: Some(federation), ..self }
     }
 
+    /// These roots, with all else as it is `held`: a list of roots says nothing of revocations, CRLs and aliases, and
+    /// of other trust domains only if it names them.
+    #[must_use]
+    pub fn in_place_of(self, held: &Self) -> Self {
+        Self {
+            revocations: Arc::clone(&held.revocations),
+            crls: Arc::clone(&held.crls),
+            federation: self.federation.or_else(|| held.federation.clone()),
+            aliases: Arc::clone(&held.aliases),
+            ..self
+        }
+    }
+
     /// The other trust domains; `None` where whoever named the roots does not say.
     pub fn federation(&self) -> Option<&Arc<Federation>> {
         self.federation.as_ref()
