@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use super::counters::Counters;
-use super::service::peer;
+use super::service::{node, too_many_streams};
 use crate::directory::Live;
 use crate::directory::stream::history::History;
 use crate::directory::stream::proto::directory_server::Directory;
@@ -209,18 +209,8 @@ impl Directory for Server {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let Self(telling) = self;
-        let node = peer(&request)?.leaf.and_then(|leaf| {
-            let name = NodeName::parse(leaf.id.node_name()?).ok()?;
-            Some((leaf, name))
-        });
-        let Some((leaf, name)) = node else {
-            telling.counters.refused("no_client_certificate");
-            return Err(Status::unauthenticated("present the node's SVID"));
-        };
-        let Some(present) = Present::enter(telling, &name) else {
-            telling.counters.refused("busy");
-            return Err(Status::resource_exhausted("this node has too many streams open; close some"));
-        };
+        let (leaf, name) = node(&request, &telling.counters)?;
+        let present = Present::enter(telling, &name).ok_or_else(|| too_many_streams(&telling.counters))?;
         let told = Told {
             present,
             leaf,

@@ -17,7 +17,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::config::{AuthorityConfig, BundleEndpoint};
 use super::keeper::Own;
-use super::serve::{OWN_LIFETIME, svid};
+use super::serve::{OWN_LIFETIME, next, svid};
 use crate::admin::{self, Page, Pages};
 use crate::config::watch::{Stamp, stamp};
 use crate::federation::Federator;
@@ -98,17 +98,7 @@ fn pages(bundle: watch::Receiver<Arc<TrustBundle>>, refresh_hint: Duration) -> P
 
 async fn serve(listener: TcpListener, mut shown: Shown, pages: Pages) {
     let readers = Arc::new(Semaphore::new(MAX_READERS));
-    loop {
-        // Never closed, so this always gives one in the end.
-        let Ok(permit) = Arc::clone(&readers).acquire_owned().await else { return };
-        let (tcp, reader) = match listener.accept().await {
-            Ok(connection) => connection,
-            Err(error) => {
-                tracing::warn!(%error, "the bundle endpoint cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+    while let Some((tcp, reader, permit)) = next(&listener, &readers).await {
         let config = match shown.config(SystemTime::now()) {
             Ok(config) => config,
             Err(error) => {

@@ -11,7 +11,7 @@ use anyhow::Result;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -86,17 +86,7 @@ async fn accept(
     counters: Arc<Counters>,
 ) {
     let permits = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    loop {
-        // Never closed, so this always gives one in the end.
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-        let (tcp, address) = match listener.accept().await {
-            Ok(connection) => connection,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+    while let Some((tcp, address, permit)) = next(&listener, &permits).await {
         let (own, accepted, counters) = (Arc::clone(&own), accepted.clone(), Arc::clone(&counters));
         tokio::spawn(async move {
             let shaken = timeout(HANDSHAKE_TIMEOUT, authenticate(&own, tcp, address)).await;
@@ -111,6 +101,24 @@ async fn accept(
                 }
             }
         });
+    }
+}
+
+/// The next connection, when there is room for one more; the room is its own until the permit is dropped.
+pub(super) async fn next(
+    listener: &TcpListener,
+    permits: &Arc<Semaphore>,
+) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    // Never closed, so this always gives one in the end.
+    let permit = Arc::clone(permits).acquire_owned().await.ok()?;
+    loop {
+        match listener.accept().await {
+            Ok((tcp, address)) => return Some((tcp, address, permit)),
+            Err(error) => {
+                tracing::warn!(%error, at = listener.local_addr().ok().map(tracing::field::display), "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
     }
 }
 

@@ -269,6 +269,24 @@ pub(super) fn peer<T>(request: &Request<T>) -> Result<PeerInfo, Status> {
         .ok_or_else(|| Status::internal("the connection has no peer"))
 }
 
+/// The node that opens a stream, by the certificate that it has shown.
+pub(super) fn node<T>(request: &Request<T>, counters: &Counters) -> Result<(Arc<Leaf>, NodeName), Status> {
+    let node = peer(request)?.leaf.and_then(|leaf| {
+        let name = NodeName::parse(leaf.id.node_name()?).ok()?;
+        Some((leaf, name))
+    });
+    node.ok_or_else(|| {
+        counters.refused("no_client_certificate");
+        Status::unauthenticated("present the node's SVID")
+    })
+}
+
+/// For a node that has as many streams as it may.
+pub(super) fn too_many_streams(counters: &Counters) -> Status {
+    counters.refused("busy");
+    Status::resource_exhausted("this node has too many streams open; close some")
+}
+
 #[tonic::async_trait]
 impl Authority for Service {
     async fn attest(&self, request: Request<AttestRequest>) -> Result<Response<Svid>, Status> {
@@ -312,20 +330,9 @@ impl Authority for Service {
         &self,
         request: Request<Streaming<Applied>>,
     ) -> Result<Response<Self::WatchBundleStream>, Status> {
-        let peer = peer(&request)?;
-        let node = peer.leaf.and_then(|leaf| {
-            let name = NodeName::parse(leaf.id.node_name()?).ok()?;
-            Some((leaf, name))
-        });
-        let Some((leaf, name)) = node else {
-            self.counters.refused("no_client_certificate");
-            return Err(Status::unauthenticated("present the node's SVID"));
-        };
+        let (leaf, name) = node(&request, &self.counters)?;
         let present = self.ledger.connect(name.clone(), leaf.not_after, SystemTime::now());
-        let Some(present) = present else {
-            self.counters.refused("busy");
-            return Err(Status::resource_exhausted("this node has too many streams open; close some"));
-        };
+        let present = present.ok_or_else(|| too_many_streams(&self.counters))?;
         tokio::spawn(listen(Arc::clone(&self.ledger), name, present, request.into_inner()));
         let counters = Arc::clone(&self.counters);
         let bundles = WatchStream::new(self.bundle.subscribe()).flat_map(move |bundle| {
