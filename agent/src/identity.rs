@@ -9,7 +9,7 @@ pub mod federation;
 pub mod revocation;
 pub mod svid;
 
-use std::borrow::Cow;
+use std::borrow::{Borrow, Cow};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -68,6 +68,13 @@ impl TrustDomain {
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Two are in the order of their names, and hash as these do.
+impl Borrow<str> for TrustDomain {
+    fn borrow(&self) -> &str {
         &self.name
     }
 }

@@ -212,8 +212,13 @@ impl Policies {
     /// Takes into use what is known of other trust domains; open connections are judged again.
     pub fn know(&self, neighbours: Neighbours) {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.now.load();
+        // Asked after every change of trust, and hardly any is one of these.
+        if before.neighbours == neighbours {
+            return;
+        }
         // What could be compiled can be with other names for the same trust domain; the fault is told if not.
-        if let Err((at, what)) = self.change(self.now.load().documents.clone(), neighbours) {
+        if let Err((at, what)) = self.change(before.documents.clone(), neighbours) {
             tracing::error!(policy = at, error = what, "the access policies stay as they were");
         }
     }

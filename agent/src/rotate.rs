@@ -316,8 +316,8 @@ fn take_up(trust: &Trust, keep: &Keep, node: Option<&SpiffeId>, issuer: IssuerKi
 /// Runs for ever: keeps roots and revocations beside the node's SVID.
 pub async fn keep_bundle(trust: Arc<Trust>, keep: Keep) {
     let mut bundles = trust.subscribe_bundle();
-    let mut kept = trust.snapshot().bundle.revocations().generation();
     let before = trust.snapshot();
+    let mut kept = before.bundle.revocations().generation();
     let (mut kept_roots, mut kept_others) = (before.bundle.generation(), before.bundle.federation().cloned());
     while bundles.changed().await.is_ok() {
         let bundle = Arc::clone(&trust.snapshot().bundle);

@@ -248,13 +248,13 @@ fn cert(trust: &Snapshot, id: &SpiffeId, how: &rotate::Standing, moment: rotate:
     })
 }
 
-/// What is wrong with CRLs, in words.
 /// The other trust domains, with how many roots each has here.
 fn federated(bundle: &TrustBundle) -> serde_json::Map<String, Value> {
     let all = bundle.federation().into_iter().flat_map(|federation| federation.iter());
     all.map(|(domain, federated)| (domain.to_string(), federated.roots().len().into())).collect()
 }
 
+/// What is wrong with CRLs, in words.
 fn crl_errors(bundle: &TrustBundle) -> Vec<String> {
     let fault = |listed: &Listed| {
         let why = listed.unknown.as_ref().or(listed.fault.as_ref())?;

@@ -87,11 +87,6 @@ impl Federation {
         self.0.iter()
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -99,6 +94,6 @@ impl Federation {
 
     /// Whether an identity of a trust domain of this name can be proven.
     pub fn knows(&self, domain: &str) -> bool {
-        self.0.keys().any(|known| known.as_str() == domain)
+        self.0.contains_key(domain)
     }
 }

@@ -15,7 +15,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, PostParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client};
-use tokio::sync::Mutex;
+use tokio::sync::OnceCell;
 use tokio::time::{sleep, timeout};
 
 use super::bundle_file::BundleFile;
@@ -40,7 +40,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct KubernetesIssuer {
     config: KubernetesIssuerConfig,
     bundle: BundleFile,
-    client: Mutex<Option<Kept>>,
+    client: OnceCell<Kept>,
 }
 
 struct Kept(Client);
@@ -63,19 +63,16 @@ impl KubernetesIssuer {
     /// Asks the configured signer for identities of `domain`.
     pub fn new(config: KubernetesIssuerConfig, domain: TrustDomain) -> Self {
         let bundle = BundleFile::new(config.trust_bundle.clone(), domain);
-        Self { config, bundle, client: Mutex::new(None) }
+        Self { config, bundle, client: OnceCell::new() }
     }
 
     async fn requests(&self) -> Result<Api<CertificateSigningRequest>, IssueError> {
-        let mut held = self.client.lock().await;
-        if let Some(Kept(client)) = held.as_ref() {
-            return Ok(Api::all(client.clone()));
-        }
-        let (client, _) = watch::client(self.config.kubeconfig.as_deref(), "issuer.kubernetes")
-            .await
-            .map_err(|error| IssueError::Ours(error.to_string()))?;
-        *held = Some(Kept(client.clone()));
-        Ok(Api::all(client))
+        let connect = async || {
+            let connected = watch::client(self.config.kubeconfig.as_deref(), "issuer.kubernetes").await;
+            connected.map(|(client, _)| Kept(client)).map_err(|error| IssueError::Ours(error.to_string()))
+        };
+        let Kept(client) = self.client.get_or_try_init(connect).await?;
+        Ok(Api::all(client.clone()))
     }
 
     async fn ask(&self, id: &SpiffeId, csr: &[u8]) -> Result<Issued, IssueError> {

@@ -121,8 +121,8 @@ impl Roots {
 
     /// The roots that speak for an identity. An alias without any of its own is ours to speak for.
     fn speaking_for(&self, id: &SpiffeId) -> Option<&RootCertStore> {
-        let theirs = self.others.iter().find(|(domain, _)| domain.as_str() == id.trust_domain());
-        theirs.map(|(_, roots)| roots).or_else(|| self.is_ours(id).then_some(&self.anchors))
+        let theirs = self.others.get(id.trust_domain());
+        theirs.or_else(|| self.is_ours(id).then_some(&self.anchors))
     }
 
     /// Names the roots by their content: the same in every agent, and over restarts.
