@@ -158,10 +158,10 @@ fn address(number: usize) -> String {
     format!("10.{}.{}.{}", number >> 16, (number >> 8) & 255, number & 255)
 }
 
-async fn herd(bare: f64) {
-    let scene = Scene::new("");
+/// A directory of so many workloads.
+fn workloads(count: usize) -> String {
     let mut directory = String::from("workloads:\n");
-    for number in 0..IDENTITIES {
+    for number in 0..count {
         let (address, node) = (address(number), node(number));
         writeln!(
             directory,
@@ -169,14 +169,25 @@ async fn herd(bare: f64) {
         )
         .unwrap();
     }
-    std::fs::write(scene.dir.join("directory.yaml"), directory).unwrap();
-    let authority = Authority::start(&scene);
-    authority.serving(&scene).await;
+    directory
+}
+
+/// A connection of each node.
+async fn nodes(scene: &Scene) -> Vec<AuthorityClient<Channel>> {
     let mut nodes = Vec::new();
     for number in 0..NODES {
         let svid = scene.join(&node(number)).await;
         nodes.push(scene.client(Some(&svid)).await);
     }
+    nodes
+}
+
+async fn herd(bare: f64) {
+    let scene = Scene::new("");
+    std::fs::write(scene.dir.join("directory.yaml"), workloads(IDENTITIES)).unwrap();
+    let authority = Authority::start(&scene);
+    authority.serving(&scene).await;
+    let nodes = nodes(&scene).await;
     // One key is as good as many: the authority has to verify each CSR anew.
     let csr = Keypair::generate().unwrap().csr().unwrap();
     // Connections are warm, and the nodes known to the disk.
@@ -265,15 +276,7 @@ async fn news() {
 /// What the directory of a large cluster makes the authority hold.
 async fn large() {
     let scene = Scene::new("");
-    let mut directory = String::from("workloads:\n");
-    for number in 0..WORKLOADS {
-        let (address, node) = (address(number), node(number));
-        writeln!(
-            directory,
-            "- {{name: w{number}, namespace: s, serviceAccount: w{number}, node: {node}, addresses: [{address}]}}"
-        )
-        .unwrap();
-    }
+    let mut directory = workloads(WORKLOADS);
     directory.push_str("services:\n");
     for number in 0..SERVICES {
         let (each, high, low) = (WORKLOADS / SERVICES, number >> 8, number & 255);
@@ -289,11 +292,7 @@ async fn large() {
     let authority = Authority::start(&scene);
     authority.serving(&scene).await;
     let idle = authority.memory("VmRSS:");
-    let mut nodes = Vec::new();
-    for number in 0..NODES {
-        let svid = scene.join(&node(number)).await;
-        nodes.push(scene.client(Some(&svid)).await);
-    }
+    let nodes = nodes(&scene).await;
     let csr = Keypair::generate().unwrap().csr().unwrap();
     ask_all(&nodes, &csr, IDENTITIES).await;
     println!(

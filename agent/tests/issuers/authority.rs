@@ -13,11 +13,9 @@ use hauberk::identity::revocation::{Revocations, Subject};
 use hauberk::issue::{Keypair, configured};
 use hauberk::rotate::Moment;
 use rustls::pki_types::CertificateDer;
-use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::mesh::{Dir, Mesh, Rotation, domain, node, trust, wait_until, web};
+use super::mesh::{Dir, Mesh, Rotation, domain, node, over_tls, trust, wait_until, web};
 
 /// What it wants of whoever comes while it is busy. More than an agent would wait by itself.
 const COME_BACK: Duration = Duration::from_secs(4);
@@ -72,24 +70,8 @@ async fn serve(authority: Busy) -> SocketAddr {
     let leaf = authority.mesh.sign(&key.csr().unwrap(), &SpiffeId::authority(&domain()), 600);
     let svid = key.with_chain(vec![CertificateDer::from(leaf)]).unwrap();
     let config = hauberk::tls::server::config_with_anonymous_clients(&svid, authority.mesh.ca.bundle());
-    let acceptor = tokio_rustls::TlsAcceptor::from(config.unwrap());
-    let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let behind = plain.local_addr().unwrap();
     let server = tonic::transport::Server::builder().add_service(AuthorityServer::new(authority));
-    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(plain)));
-    let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = front.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((tcp, _)) = front.accept().await {
-            let acceptor = acceptor.clone();
-            tokio::spawn(async move {
-                let mut tls = acceptor.accept(tcp).await.ok()?;
-                let mut server = TcpStream::connect(behind).await.ok()?;
-                tokio::io::copy_bidirectional(&mut tls, &mut server).await.ok()
-            });
-        }
-    });
-    address
+    over_tls(server, config.unwrap()).await
 }
 
 #[tokio::test]

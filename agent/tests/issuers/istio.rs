@@ -10,12 +10,12 @@ use hauberk::issue::istio::proto::{IstioCertificateRequest, IstioCertificateResp
 use hauberk::issue::{Issuer, configured};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateSigningRequestDer, PrivatePkcs8KeyDer};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509CertificationRequest};
 
-use super::mesh::{Dir, Mesh, Rotation, domain, node, obtain, other_key, pem, trust, wait_until, web};
+use super::mesh::{
+    Dir, Mesh, Rotation, domain, node, obtain, other_key, over_tls, pem, trust, wait_until, web,
+};
 use hauberk::identity::SpiffeId;
 
 /// What the CA answers with.
@@ -84,12 +84,8 @@ fn uris(csr: &[u8]) -> Vec<String> {
 
 /// Serves it over TLS 1.3 as `localhost`; the PEM root that its server's certificate leads to.
 async fn serve(mesh: Arc<Mesh>, answer: Arc<Mutex<Answer>>) -> (SocketAddr, String) {
-    let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let behind = plain.local_addr().unwrap();
     let service = IstioCertificateServiceServer::new(IstioCa { mesh, answer });
     let server = tonic::transport::Server::builder().add_service(service);
-    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(plain)));
-
     let key = rcgen::KeyPair::generate().unwrap();
     let certificate =
         rcgen::CertificateParams::new(vec!["localhost".into()]).unwrap().self_signed(&key).unwrap();
@@ -102,20 +98,7 @@ async fn serve(mesh: Arc<Mesh>, answer: Arc<Mutex<Answer>>) -> (SocketAddr, Stri
         .with_single_cert(chain, key)
         .unwrap();
     config.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-    let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = front.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((tcp, _)) = front.accept().await {
-            let acceptor = acceptor.clone();
-            tokio::spawn(async move {
-                let mut tls = acceptor.accept(tcp).await.ok()?;
-                let mut server = TcpStream::connect(behind).await.ok()?;
-                tokio::io::copy_bidirectional(&mut tls, &mut server).await.ok()
-            });
-        }
-    });
-    (address, certificate.pem())
+    (over_tls(server, Arc::new(config)).await, certificate.pem())
 }
 
 struct World {

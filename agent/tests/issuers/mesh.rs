@@ -1,5 +1,6 @@
 //! What the tests share: a mesh's CA, a directory of their own, and a rotation that runs.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -13,8 +14,11 @@ use hauberk::issue::{Issuer, Keypair};
 use hauberk::rotate::{Rotator, Status, follow_bundle};
 use hauberk::telemetry::{Metrics, Observe};
 use hauberk::trust::Trust;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::Router;
 
 pub(crate) fn domain() -> TrustDomain {
     TrustDomain::parse("td.test").unwrap()
@@ -162,4 +166,25 @@ pub(crate) async fn obtain(
 /// Another's key, certified for `id`: what a confused CA might answer.
 pub(crate) fn other_key(mesh: &Mesh, id: &SpiffeId) -> Vec<u8> {
     mesh.sign(&Keypair::generate().unwrap().csr().unwrap(), id, 600)
+}
+
+/// Serves gRPC over TLS; where.
+pub(crate) async fn over_tls(server: Router, config: Arc<rustls::ServerConfig>) -> SocketAddr {
+    let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let behind = plain.local_addr().unwrap();
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(plain)));
+    let acceptor = tokio_rustls::TlsAcceptor::from(config);
+    let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = front.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = front.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let mut tls = acceptor.accept(tcp).await.ok()?;
+                let mut server = TcpStream::connect(behind).await.ok()?;
+                tokio::io::copy_bidirectional(&mut tls, &mut server).await.ok()
+            });
+        }
+    });
+    address
 }
